@@ -1,0 +1,343 @@
+// Backward on the CPU: all gradients in one pass over the samples. Compiled once per instruction
+// set.
+//
+// grad_value is a scatter: many samples add to one pixel. A task owns one head of one image (or one
+// level of it), so no other thread writes to its pixels, and it visits the queries in order: no
+// atomics, and the same bits for any number of threads.
+
+#include "kernels.h"
+#include "samples.h"
+
+namespace msda {
+namespace MSDA_CPU_CAPABILITY {
+namespace {
+
+constexpr int64_t kQueryTile = 16;
+
+// Where a task sums grad_value: grad_value itself, or its own rows, which finish_scratch() copies.
+template <class Real>
+struct GradValue {
+  Real* rows;          // row of key first_key, first channel of the head; null if not wanted
+  int64_t first_key;
+  int64_t key_stride;  // elements from one key to the next
+};
+
+// One query and head, kVectors vectors of channels or `channels` lanes of one (kPartial):
+// adds weight * grad_output to the pixels read by forward, and adds to dots[4 * i + c] the product
+// <grad_output, value> of sample i and corner c over these channels.
+//   value: value[b, 0, m, d:]   grad_output: grad_output[b, q, m * D + d:]
+template <class T, int kVectors, bool kPartial, bool kDots, bool kScatter>
+void backward_channels(const Samples<acc_t<T>>& samples, const T* value, int64_t key_stride,
+                       const T* grad_output, int channels, const GradValue<acc_t<T>>& grad_value,
+                       acc_t<T>* dots, bool first_channels) {
+  using Real = acc_t<T>;
+  constexpr int kStep = kLanes<Real>;
+  Vec<Real> g[kVectors];
+  for (int k = 0; k < kVectors; ++k) {
+    g[k] = kPartial ? load_partial(grad_output, channels) : load(grad_output + k * kStep);
+  }
+
+  const auto corner = [&](const T* pixel, Real* grad_pixel, Real weight) {
+    Vec<Real> dot = {};
+    if constexpr (kDots) {
+      for (int k = 0; k < kVectors; ++k) {
+        dot += g[k] * (kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep));
+      }
+    }
+    if constexpr (kScatter) {
+      for (int k = 0; k < kVectors; ++k) {
+        Real* const p = grad_pixel + k * kStep;
+        if constexpr (kPartial) {
+          store_partial(p, load_partial(p, channels) + g[k] * weight, channels);
+        } else {
+          store(p, load(p) + g[k] * weight);
+        }
+      }
+    }
+    return dot;
+  };
+
+  const int64_t count = samples.count(), padded = samples.padded();
+  const int64_t* const row = samples.row();
+  const auto* const corners = samples.corners();
+  const auto* const map_width = samples.map_width();
+  const Real* const weight = samples.corner_weight();
+  const int64_t grad_stride = grad_value.key_stride;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t north = row[i] * key_stride;
+    const int64_t south = north + map_width[i] * key_stride;
+    const int64_t grad_north = (row[i] - grad_value.first_key) * grad_stride;
+    const int64_t grad_south = grad_north + map_width[i] * grad_stride;
+    Real* const grad = grad_value.rows;
+    Vec<Real> dot[kNumCorners] = {};
+    if (corners[i] == 15) {
+      dot[kNw] = corner(value + north, grad + grad_north, weight[kNw * padded + i]);
+      dot[kNe] = corner(value + north + key_stride, grad + grad_north + grad_stride,
+                        weight[kNe * padded + i]);
+      dot[kSw] = corner(value + south, grad + grad_south, weight[kSw * padded + i]);
+      dot[kSe] = corner(value + south + key_stride, grad + grad_south + grad_stride,
+                        weight[kSe * padded + i]);
+    } else {  // at the edge of the map: a corner outside is neither read nor written
+      for (int c = 0; c < kNumCorners; ++c) {
+        if ((corners[i] >> c & 1) == 0) continue;
+        dot[c] = corner(value + (c / 2 == 0 ? north : south) + c % 2 * key_stride,
+                        grad + (c / 2 == 0 ? grad_north : grad_south) + c % 2 * grad_stride,
+                        weight[c * padded + i]);
+      }
+    }
+    if constexpr (kDots) {
+      Real sums[kNumCorners];
+      store_lane_sums(sums, dot[kNw], dot[kNe], dot[kSw], dot[kSe]);
+      for (int c = 0; c < kNumCorners; ++c) {
+        dots[4 * i + c] = first_channels ? sums[c] : dots[4 * i + c] + sums[c];
+      }
+    }
+  }
+}
+
+// Walks the channels of one query and head in as few passes as the vectors allow.
+template <class T, bool kDots, bool kScatter>
+void backward_sample_set(const Samples<acc_t<T>>& samples, const T* value, int64_t key_stride,
+                         const T* grad_output, int64_t head_dim,
+                         GradValue<acc_t<T>> grad_value, acc_t<T>* dots) {
+  constexpr int kStep = kLanes<acc_t<T>>;
+  const auto run = [&](auto vectors, auto partial, int64_t d) {
+    GradValue<acc_t<T>> target = grad_value;
+    if (kScatter) target.rows += d;
+    backward_channels<T, decltype(vectors)::value, decltype(partial)::value, kDots, kScatter>(
+        samples, value + d, key_stride, grad_output + d, int(head_dim - d), target, dots, d == 0);
+  };
+  constexpr std::bool_constant<false> whole;
+  constexpr std::bool_constant<true> partial;
+  int64_t d = 0;
+  for (; d + 4 * kStep <= head_dim; d += 4 * kStep) run(std::integral_constant<int, 4>(), whole, d);
+  for (; d + 2 * kStep <= head_dim; d += 2 * kStep) run(std::integral_constant<int, 2>(), whole, d);
+  for (; d + kStep <= head_dim; d += kStep) run(std::integral_constant<int, 1>(), whole, d);
+  if (d < head_dim) run(std::integral_constant<int, 1>(), partial, d);
+}
+
+// One task, or the tasks of neighbouring heads together: the gradients of levels first_level to
+// last_level - 1 of heads first_head to last_head - 1 of image b.
+template <class T>
+class Backward {
+ public:
+  using Real = acc_t<T>;
+
+  Backward(const Problem& problem, const BackwardInputs& inputs, const BackwardOutputs& outputs,
+           int64_t first_level, int64_t last_level)
+      : problem_(problem),
+        inputs_(inputs),
+        outputs_(outputs),
+        first_level_(first_level),
+        last_level_(last_level),
+        samples_(problem, first_level, last_level, kQueryTile),
+        dots_(4 * samples_.padded()),
+        points_(2 * samples_.padded()),
+        weights_(samples_.padded()),
+        delta_(problem.is_fused() ? 2 * problem.head_dim : 0) {
+    std::memset(dots_.get(), 0, 4 * samples_.padded() * sizeof(Real));
+  }
+
+  void run(int64_t b, int64_t first_head, int64_t last_head) {
+    if (outputs_.grad_value.data == nullptr) {
+      walk(b, first_head, last_head, [](int64_t) { return GradValue<Real>{}; });
+    } else if (sums_in_place(problem_)) {
+      const int64_t M = problem_.num_heads, D = problem_.head_dim;
+      Real* const base =
+          static_cast<Real*>(outputs_.grad_value.data) + b * problem_.num_keys * M * D;
+      walk(b, first_head, last_head, [&](int64_t m) { return GradValue<Real>{base + m * D, 0, M * D}; });
+    } else {
+      for (int64_t m = first_head; m < last_head; ++m) run_in_scratch(b, m);
+    }
+  }
+
+ private:
+  template <class GradValueOfHead>
+  void walk(int64_t b, int64_t first_head, int64_t last_head,
+            const GradValueOfHead& grad_value_of_head) {
+    const int64_t Q = problem_.num_queries;
+    for (int64_t tile = 0; tile < Q; tile += kQueryTile) {
+      const int64_t end = tile + kQueryTile < Q ? tile + kQueryTile : Q;
+      samples_.set_queries(b, tile, end);
+      for (int64_t m = first_head; m < last_head; ++m) {
+        const GradValue<Real> grad_value = grad_value_of_head(m);
+        for (int64_t q = tile; q < end; ++q) query(b, q, m, q - tile, grad_value);
+      }
+    }
+  }
+
+  // Sums the gradient of one head's pixels as contiguous rows of Real, then rounds and copies them.
+  void run_in_scratch(int64_t b, int64_t m) {
+    const int64_t M = problem_.num_heads, D = problem_.head_dim;
+    const Level& first = problem_.levels[first_level_];
+    const Level& last = problem_.levels[last_level_ - 1];
+    const int64_t num_keys = last.start + last.height * last.width - first.start;
+    Buffer<Real> scratch(num_keys * D);
+    std::memset(scratch.get(), 0, num_keys * D * sizeof(Real));
+    walk(b, m, m + 1, [&](int64_t) { return GradValue<Real>{scratch.get(), first.start, D}; });
+    T* const grad_value = static_cast<T*>(outputs_.grad_value.data) +
+                          ((b * problem_.num_keys + first.start) * M + m) * D;
+    for (int64_t key = 0; key < num_keys; ++key) {
+      convert(scratch.get() + key * D, grad_value + key * M * D, D);
+    }
+  }
+
+  void query(int64_t b, int64_t q, int64_t m, int64_t slot, const GradValue<Real>& grad_value) {
+    const int64_t M = problem_.num_heads, D = problem_.head_dim;
+    samples_.prepare(b, q, m, slot);
+    const int64_t head = (b * problem_.num_queries + q) * M + m;
+    const T* const value =
+        static_cast<const T*>(problem_.value.data) + (b * problem_.num_keys * M + m) * D;
+    const T* const grad_output = static_cast<const T*>(inputs_.grad_output.data) + head * D;
+    const bool wants_dots = outputs_.grad_points.data || outputs_.grad_weights.data;
+    if (!wants_dots) {
+      backward_sample_set<T, false, true>(samples_, value, M * D, grad_output, D, grad_value,
+                                          dots_.get());
+    } else if (grad_value.rows == nullptr) {
+      backward_sample_set<T, true, false>(samples_, value, M * D, grad_output, D, grad_value,
+                                          dots_.get());
+      write_sample_gradients(head, slot);
+    } else {
+      backward_sample_set<T, true, true>(samples_, value, M * D, grad_output, D, grad_value,
+                                         dots_.get());
+      write_sample_gradients(head, slot);
+    }
+  }
+
+  // The gradients of points and weights, each of which belongs to one sample alone.
+  void write_sample_gradients(int64_t head, int64_t slot) {
+    // Softmax: grad_logit = p * (grad_p - sum over all samples of p * grad_p), and that sum is
+    // <grad_output, output>.
+    const Real delta = problem_.is_fused() ? output_product(head) : Real(0);
+    const PixelTransform<Real> to_pixels = samples_.transform(slot);
+    const bool in_pixels = outputs_.grad_reference.data != nullptr;
+    for (int64_t i = 0; i < samples_.padded(); i += kLanes<Real>) {
+      Corners<Vec<Real>> dot;
+      load_quads(dots_.get() + 4 * i, dot.nw, dot.ne, dot.sw, dot.se);
+      const SampleGradient<Vec<Real>> gradient =
+          sample_gradient(dot, load(samples_.fx() + i), load(samples_.fy() + i));
+      const Vec<Real> attention = load(samples_.attention() + i);
+      Vec<Real> grad_x = {}, grad_y = {};
+      if (!problem_.nearest) {
+        grad_x = attention * gradient.dx;
+        grad_y = attention * gradient.dy;
+        if (!in_pixels) {
+          grad_x *= load(to_pixels.step_x + i);
+          grad_y *= load(to_pixels.step_y + i);
+        }
+      }
+      store_pairs(points_.get() + 2 * i, grad_x, grad_y);
+      Vec<Real> grad_weight = gradient.sample;
+      if (problem_.is_fused()) grad_weight = load(samples_.weights() + i) * (grad_weight - delta);
+      store(weights_.get() + i, grad_weight);
+    }
+    const int64_t first_sample = head * problem_.num_samples + samples_.begin();
+    if (outputs_.grad_points.data) {
+      write(outputs_.grad_points, 2 * first_sample, 2 * samples_.count(), points_.get());
+    }
+    if (outputs_.grad_weights.data) {
+      write(outputs_.grad_weights, first_sample, samples_.count(), weights_.get());
+    }
+  }
+
+  // <grad_output, output> of one query and head.
+  Real output_product(int64_t head) {
+    const int64_t D = problem_.head_dim;
+    Real* const g = delta_.get();
+    Real* const output = g + D;
+    read(inputs_.grad_output, head * D, D, g);
+    read(inputs_.output, head * D, D, output);
+    Real sum = 0;
+    for (int64_t d = 0; d < D; ++d) sum += g[d] * output[d];
+    return sum;
+  }
+
+  const Problem& problem_;
+  const BackwardInputs& inputs_;
+  const BackwardOutputs& outputs_;
+  const int64_t first_level_, last_level_;
+  Samples<Real> samples_;
+  Buffer<Real> dots_, points_, weights_, delta_;
+};
+
+template <class T>
+void backward_tasks(const Problem& problem, const BackwardInputs& inputs,
+                    const BackwardOutputs& outputs, bool by_level, int64_t first, int64_t last) {
+  const int64_t M = problem.num_heads, L = problem.num_levels;
+  if (by_level) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t l = task % L, head = task / L;
+      Backward<T>(problem, inputs, outputs, l, l + 1).run(head / M, head % M, head % M + 1);
+    }
+    return;
+  }
+  Backward<T> backward(problem, inputs, outputs, 0, L);
+  while (first < last) {
+    const int64_t b = first / M;
+    const int64_t end = (b + 1) * M < last ? (b + 1) * M : last;
+    backward.run(b, first - b * M, end - b * M);
+    first = end;
+  }
+}
+
+template <class Real>
+void backward_reference_rows(const Problem& problem, const BackwardOutputs& outputs, int64_t first,
+                             int64_t last) {
+  const int64_t M = problem.num_heads, K = problem.num_samples;
+  const int64_t size = problem.reference_size, levels = problem.reference_levels;
+  Samples<Real> samples(problem, 0, problem.num_levels, 1);
+  Buffer<Real> grad_points(2 * K), offsets(2 * K), grad_reference(levels * size);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t b = row / problem.num_queries, q = row % problem.num_queries;
+    samples.set_queries(b, q, q + 1);
+    const PixelTransform<Real> to_pixels = samples.transform(0);
+    std::memset(grad_reference.get(), 0, levels * size * sizeof(Real));
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t first_sample = (row * M + m) * K;
+      read({outputs.grad_points.data, outputs.grad_points.dtype}, 2 * first_sample, 2 * K,
+           grad_points.get());
+      if (size == 4) read(problem.points, 2 * first_sample, 2 * K, offsets.get());
+      int64_t i = 0;
+      for (int64_t l = 0; l < problem.num_levels; ++l) {
+        const Level& level = problem.levels[l];
+        Real* const grad_point = grad_reference.get() + (levels == 1 ? 0 : l) * size;
+        for (int64_t p = 0; p < level.num_points; ++p, ++i) {
+          const Real grad_x = grad_points[2 * i] * samples.width()[i];
+          const Real grad_y = grad_points[2 * i + 1] * samples.height()[i];
+          grad_point[0] += grad_x;
+          grad_point[1] += grad_y;
+          if (size == 4) {
+            const Real half_over_points = Real(0.5) / Real(level.num_points);
+            grad_point[2] += grad_x * offsets[2 * i] * half_over_points;
+            grad_point[3] += grad_y * offsets[2 * i + 1] * half_over_points;
+          }
+          grad_points[2 * i] *= to_pixels.step_x[i];
+          grad_points[2 * i + 1] *= to_pixels.step_y[i];
+        }
+      }
+      write(outputs.grad_points, 2 * first_sample, 2 * K, grad_points.get());
+    }
+    write(outputs.grad_reference, row * levels * size, levels * size, grad_reference.get());
+  }
+}
+
+}  // namespace
+
+void backward(const Problem& problem, const BackwardInputs& inputs, const BackwardOutputs& outputs,
+              bool by_level, int64_t first, int64_t last) {
+  dispatch_dtype(problem.value.dtype, [&](auto* type) {
+    backward_tasks<std::remove_pointer_t<decltype(type)>>(problem, inputs, outputs, by_level, first,
+                                                          last);
+  });
+}
+
+void backward_reference(const Problem& problem, const BackwardOutputs& outputs, int64_t first,
+                        int64_t last) {
+  dispatch_dtype(problem.value.dtype, [&](auto* type) {
+    backward_reference_rows<acc_t<std::remove_pointer_t<decltype(type)>>>(problem, outputs, first,
+                                                                          last);
+  });
+}
+
+}  // namespace MSDA_CPU_CAPABILITY
+}  // namespace msda

@@ -1,0 +1,91 @@
+// Chooses the instruction set at run time.
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+// The sets that CMakeLists.txt compiles the kernels for, best last.
+#if defined(__x86_64__)
+#define MSDA_CPU_CAPABILITIES(F) F(baseline) F(avx2) F(avx512)
+#else
+#define MSDA_CPU_CAPABILITIES(F) F(baseline)
+#endif
+
+namespace msda {
+
+#define MSDA_DECLARE(name)                                                                     \
+  namespace name {                                                                             \
+  void forward(const Problem&, const ForwardOutputs&, int64_t, int64_t);                       \
+  void backward(const Problem&, const BackwardInputs&, const BackwardOutputs&, bool, int64_t,  \
+                int64_t);                                                                      \
+  void backward_reference(const Problem&, const BackwardOutputs&, int64_t, int64_t);           \
+  }
+MSDA_CPU_CAPABILITIES(MSDA_DECLARE)
+#undef MSDA_DECLARE
+
+namespace {
+
+#define MSDA_ENTRY(name) {#name, name::forward, name::backward, name::backward_reference},
+constexpr CpuKernels kCompiled[] = {MSDA_CPU_CAPABILITIES(MSDA_ENTRY)};
+#undef MSDA_ENTRY
+
+bool machine_has(const char* capability) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (std::strcmp(capability, "avx2") == 0) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+  }
+  if (std::strcmp(capability, "avx512") == 0) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  }
+#endif
+  return std::strcmp(capability, "baseline") == 0;
+}
+
+std::string join_names(bool only_supported) {
+  std::string names;
+  for (const CpuKernels& kernels : kCompiled) {
+    if (only_supported && !machine_has(kernels.capability)) continue;
+    names += (names.empty() ? "" : " ") + std::string(kernels.capability);
+  }
+  return names;
+}
+
+const CpuKernels& choose() {
+  const char* const wanted = std::getenv("MSDA_CPU_CAPABILITY");
+  const CpuKernels* best = nullptr;
+  for (const CpuKernels& kernels : kCompiled) {
+    if (!machine_has(kernels.capability)) continue;
+    if (wanted != nullptr && std::strcmp(wanted, kernels.capability) == 0) return kernels;
+    best = &kernels;
+  }
+  if (wanted != nullptr && *wanted != '\0') {
+    throw std::runtime_error("MSDA_CPU_CAPABILITY must be one of: " +
+                             std::string(supported_cpu_capabilities()) + ", got " + wanted);
+  }
+  return *best;
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() {
+  static const CpuKernels& chosen = choose();
+  return chosen;
+}
+
+const char* compiled_cpu_capabilities() {
+  static const std::string names = join_names(false);
+  return names.c_str();
+}
+
+const char* supported_cpu_capabilities() {
+  static const std::string names = join_names(true);
+  return names.c_str();
+}
+
+}  // namespace msda

@@ -1,0 +1,45 @@
+// The CPU kernels as the torch side sees them: one table of functions per instruction set.
+
+#pragma once
+
+#include "../problem.h"
+
+namespace msda {
+
+// Whether backward adds to grad_value itself, which must then be zero before. Otherwise it sums each
+// head in a scratch buffer of S * D numbers per thread and writes every element once: for 16-bit
+// values, whose sums must be kept in float32.
+inline bool sums_in_place(const Problem& problem) {
+  return problem.value.dtype == DType::kFloat32 || problem.value.dtype == DType::kFloat64;
+}
+
+struct CpuKernels {
+  const char* capability;  // as in MSDA_CPU_CAPABILITY
+
+  // Computes the outputs of rows first..last-1, where row = b * num_queries + q.
+  void (*forward)(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
+                  int64_t last);
+
+  // Computes the gradients of tasks first..last-1. A task is one head of one image, or, if
+  // by_level, one level of one head of one image: task = (b * M + m) [* L + l]. No two tasks write
+  // to the same place, and each place is summed in the order of the queries, so that the result
+  // has the same bits however the tasks are spread over threads. grad_value must be zero before
+  // where sums_in_place(problem). grad_points of a fused call whose grad_reference is
+  // wanted is left in pixels for backward_reference().
+  void (*backward)(const Problem& problem, const BackwardInputs& inputs,
+                   const BackwardOutputs& outputs, bool by_level, int64_t first, int64_t last);
+
+  // Sums grad_points of rows first..last-1 into grad_reference and completes grad_points.
+  void (*backward_reference)(const Problem& problem, const BackwardOutputs& outputs, int64_t first,
+                             int64_t last);
+};
+
+// The kernels in use: the best set that this machine runs, or the one named by the environment
+// variable MSDA_CPU_CAPABILITY. Throws std::runtime_error if that one does not exist here.
+const CpuKernels& cpu_kernels();
+
+// Space-separated names: the sets compiled in, and those among them that this machine runs.
+const char* compiled_cpu_capabilities();
+const char* supported_cpu_capabilities();
+
+}  // namespace msda

@@ -1,0 +1,366 @@
+// From the inputs of one query and head to samples that a loop over channels can use: which pixels,
+// with which weights. Shared by forward and backward, by plain and fused calls.
+//
+// All K samples of a query and head are prepared together, a vector of samples at a time, because
+// this work would otherwise cost as much as the gather itself. Arrays are padded to whole vectors.
+
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "../bilinear.h"
+#include "../problem.h"
+#include "simd.h"
+
+namespace msda {
+namespace MSDA_CPU_CAPABILITY {
+
+// An aligned array that is left uninitialised. (No std container: its functions, compiled for this
+// instruction set, could be the ones the linker keeps for all sets.)
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(nullptr) {
+    const size_t bytes = (size * sizeof(T) + kVectorBytes) / kVectorBytes * kVectorBytes;
+    data_ = static_cast<T*>(std::aligned_alloc(kVectorBytes, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* get() { return data_; }
+  const T* get() const { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Calls f with a null pointer of the array's element type.
+template <class F>
+inline auto dispatch_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Half*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+
+// Copies count elements, converting between element types on the way.
+template <class To, class From>
+inline void convert(const From* from, To* to, int64_t count) {
+  if constexpr (std::is_same_v<To, From>) {
+    std::memcpy(to, from, count * sizeof(To));
+  } else if constexpr (std::is_same_v<acc_t<To>, acc_t<From>>) {
+    constexpr int lanes = kLanes<acc_t<To>>;
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+    if (i < count) store_partial(to + i, load_partial(from + i, int(count - i)), int(count - i));
+  } else if constexpr (std::is_arithmetic_v<To> && std::is_arithmetic_v<From>) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+  } else {  // double <-> 16 bits, by way of float
+    for (int64_t i = 0; i < count; ++i) {
+      float single;
+      convert(from + i, &single, 1);
+      convert(&single, to + i, 1);
+    }
+  }
+}
+
+template <class Real>
+inline void read(const ConstArray& array, int64_t offset, int64_t count, Real* to) {
+  dispatch_dtype(array.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    convert(static_cast<const T*>(array.data) + offset, to, count);
+  });
+}
+
+template <class Real>
+inline void write(const Array& array, int64_t offset, int64_t count, const Real* from) {
+  dispatch_dtype(array.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    convert(from, static_cast<T*>(array.data) + offset, count);
+  });
+}
+
+// From what the caller gave (locations or offsets, one number per axis) to pixel coordinates:
+// x = step_x * given_x + origin_x, likewise y. One entry per sample.
+template <class Real>
+struct PixelTransform {
+  Real* step_x;
+  Real* step_y;
+  Real* origin_x;
+  Real* origin_y;
+};
+
+template <class Real>
+class Samples {
+ public:
+  // first_level, last_level: only the samples of these levels are prepared. max_queries: how many
+  // queries set_queries() may hold at once.
+  Samples(const Problem& problem, int64_t first_level, int64_t last_level, int64_t max_queries)
+      : problem_(problem),
+        first_level_(first_level),
+        last_level_(last_level),
+        begin_(count_points(problem, 0, first_level)),
+        count_(count_points(problem, first_level, last_level)),
+        padded_(round_up(count_, kLanes<Real>)),
+        padded_all_(round_up(problem.num_samples, kLanes<Real>)),
+        width_(padded_),
+        height_(padded_),
+        map_width_(padded_),
+        level_start_(padded_),
+        transform_(4 * padded_ * (problem.is_fused() ? max_queries : 1)),
+        reference_(problem.reference_levels * problem.reference_size),
+        given_points_(2 * padded_),
+        given_weights_(padded_all_),
+        row_(padded_),
+        corners_(padded_),
+        fx_(padded_),
+        fy_(padded_),
+        attention_(padded_),
+        corner_weight_(kNumCorners * padded_) {
+    int64_t i = 0;
+    for (int64_t l = first_level; l < last_level; ++l) {
+      const Level& level = problem.levels[l];
+      for (int64_t p = 0; p < level.num_points; ++p, ++i) set_level(i, level);
+    }
+    for (; i < padded_; ++i) set_level(i, Level{1, 1, 0, 0});
+    std::memset(given_points_.get(), 0, 2 * padded_ * sizeof(Real));
+    std::memset(given_weights_.get(), 0, padded_all_ * sizeof(Real));
+    if (!problem.is_fused()) set_transform_of_locations();
+  }
+
+  int64_t begin() const { return begin_; }    // first sample among the K of a query and head
+  int64_t count() const { return count_; }    // number of samples
+  int64_t padded() const { return padded_; }  // length of the arrays below
+
+  // Constants of each sample's level.
+  const Real* width() const { return width_.get(); }
+  const Real* height() const { return height_.get(); }
+  const index_t<Real>* map_width() const { return map_width_.get(); }
+
+  // What prepare() computed for each sample: the row of the north-west pixel in (S) (which may lie
+  // outside the map), the corners that are read (bit c for corner c), the fractions, the attention
+  // weight (0 where the sample does not count), the same weight as given or softmaxed (whether it
+  // counts or not) and, for corner c at [c * padded + i], attention times corner weight.
+  const int64_t* row() const { return row_.get(); }
+  const index_t<Real>* corners() const { return corners_.get(); }
+  const Real* fx() const { return fx_.get(); }
+  const Real* fy() const { return fy_.get(); }
+  const Real* attention() const { return attention_.get(); }
+  const Real* weights() const { return given_weights_.get(); }
+  const Real* corner_weight() const { return corner_weight_.get(); }
+
+  // The transform of query q, where q counts from the first query given to set_queries().
+  PixelTransform<Real> transform(int64_t q) const {
+    Real* const base = const_cast<Real*>(transform_.get()) + (problem_.is_fused() ? q : 0) * 4 * padded_;
+    return {base, base + padded_, base + 2 * padded_, base + 3 * padded_};
+  }
+
+  // Reads the reference points of queries first..last-1, which serve all heads. Fused form only.
+  void set_queries(int64_t b, int64_t first, int64_t last) {
+    if (!problem_.is_fused()) return;
+    const int64_t size = problem_.reference_levels * problem_.reference_size;
+    for (int64_t q = first; q < last; ++q) {
+      read(problem_.reference, (b * problem_.num_queries + q) * size, size, reference_.get());
+      const PixelTransform<Real> to_pixels = transform(q - first);
+      int64_t i = 0;
+      for (int64_t l = first_level_; l < last_level_; ++l) {
+        const Level& level = problem_.levels[l];
+        const Real* const point =
+            reference_.get() + (problem_.reference_levels == 1 ? 0 : l) * problem_.reference_size;
+        const Real width = Real(level.width), height = Real(level.height);
+        // Points: offsets in pixels. Boxes: offsets in units of (w, h) / (2P).
+        const bool is_box = problem_.reference_size == 4;
+        const Real half_over_points = Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
+        const Real step_x = is_box ? width * point[2] * half_over_points : Real(1);
+        const Real step_y = is_box ? height * point[3] * half_over_points : Real(1);
+        for (int64_t p = 0; p < level.num_points; ++p, ++i) {
+          to_pixels.step_x[i] = step_x;
+          to_pixels.step_y[i] = step_y;
+          to_pixels.origin_x[i] = point[0] * width - Real(0.5);
+          to_pixels.origin_y[i] = point[1] * height - Real(0.5);
+        }
+      }
+      for (; i < padded_; ++i) {
+        to_pixels.step_x[i] = to_pixels.step_y[i] = 0;
+        to_pixels.origin_x[i] = to_pixels.origin_y[i] = 0;
+      }
+    }
+  }
+
+  // Prepares the samples of head m of query q of image b; slot is q's place in set_queries().
+  void prepare(int64_t b, int64_t q, int64_t m, int64_t slot) {
+    const int64_t head = (b * problem_.num_queries + q) * problem_.num_heads + m;
+    const int64_t first_sample = head * problem_.num_samples;
+    read(problem_.points, 2 * (first_sample + begin_), 2 * count_, given_points_.get());
+    if (problem_.is_fused()) {
+      read(problem_.weights, first_sample, problem_.num_samples, given_weights_.get());
+      softmax();
+    } else {
+      read(problem_.weights, first_sample + begin_, count_, given_weights_.get());
+    }
+    const PixelTransform<Real> to_pixels = transform(slot);
+    for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
+      if (problem_.nearest) {
+        prepare_nearest(i, to_pixels);
+      } else {
+        prepare_bilinear(i, to_pixels);
+      }
+    }
+    if (problem_.padding_mask != nullptr) drop_padding(b);
+  }
+
+ private:
+  static int64_t count_points(const Problem& problem, int64_t first_level, int64_t last_level) {
+    int64_t count = 0;
+    for (int64_t l = first_level; l < last_level; ++l) count += problem.levels[l].num_points;
+    return count;
+  }
+
+  void set_level(int64_t i, const Level& level) {
+    width_[i] = Real(level.width);
+    height_[i] = Real(level.height);
+    map_width_[i] = index_t<Real>(level.width);
+    level_start_[i] = level.start;
+  }
+
+  // Bilinear: x = loc * W - 1/2. Nearest: x = loc * W + 1/2, then truncated (RT-DETRv2's rule).
+  void set_transform_of_locations() {
+    const PixelTransform<Real> to_pixels = transform(0);
+    const Real origin = problem_.nearest ? Real(0.5) : Real(-0.5);
+    for (int64_t i = 0; i < padded_; ++i) {
+      to_pixels.step_x[i] = width_[i];
+      to_pixels.step_y[i] = height_[i];
+      to_pixels.origin_x[i] = to_pixels.origin_y[i] = origin;
+    }
+  }
+
+  // given_weights: logits of all K samples -> softmax, of which this object's samples move to the
+  // front.
+  void softmax() {
+    const int64_t num_samples = problem_.num_samples;
+    for (int64_t i = num_samples; i < padded_all_; ++i) given_weights_[i] = -__builtin_inf();
+    Vec<Real> largest = load(given_weights_.get());
+    for (int64_t i = kLanes<Real>; i < padded_all_; i += kLanes<Real>) {
+      const Vec<Real> logits = load(given_weights_.get() + i);
+      largest = logits > largest ? logits : largest;
+    }
+    Real maximum = largest[0];
+    for (int j = 1; j < kLanes<Real>; ++j) maximum = largest[j] > maximum ? largest[j] : maximum;
+    Vec<Real> sums = {};
+    for (int64_t i = 0; i < padded_all_; i += kLanes<Real>) {
+      const Vec<Real> e = exp_nonpositive(load(given_weights_.get() + i) - maximum);
+      store(given_weights_.get() + i, e);
+      sums += e;
+    }
+    const Real scale = 1 / sum_lanes(sums);
+    for (int64_t i = 0; i < count_; ++i) given_weights_[i] = given_weights_[begin_ + i] * scale;
+  }
+
+  void prepare_bilinear(int64_t i, const PixelTransform<Real>& to_pixels) {
+    Vec<Real> x, y;
+    load_pairs(given_points_.get() + 2 * i, x, y);
+    x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
+    y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
+
+    const Vec<Real> width = load(width_.get() + i), height = load(height_.get() + i);
+    const IntVec<Real> counts = sample_counts(x, y, width, height);
+    x = counts ? x : Vec<Real>{};
+    y = counts ? y : Vec<Real>{};
+    const Vec<Real> attention = counts ? load(given_weights_.get() + i) : Vec<Real>{};
+
+    // Floor: truncate, then step down where that rounded up (a mask is -1 where true).
+    IntVec<Real> x0 = __builtin_convertvector(x, IntVec<Real>);
+    IntVec<Real> y0 = __builtin_convertvector(y, IntVec<Real>);
+    x0 += x < __builtin_convertvector(x0, Vec<Real>);
+    y0 += y < __builtin_convertvector(y0, Vec<Real>);
+    const Vec<Real> fx = x - __builtin_convertvector(x0, Vec<Real>);
+    const Vec<Real> fy = y - __builtin_convertvector(y0, Vec<Real>);
+
+    const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x < width - 1);
+    const IntVec<Real> north = y0 >= 0, south = y < height - 1;
+    const IntVec<Real> corners = (west & north & 1) | (east & north & 2) | (west & south & 4) |
+                                 (east & south & 8);
+
+    const Corners<Vec<Real>> weights = corner_weights(fx, fy);
+    store(corner_weight_.get() + kNw * padded_ + i, attention * weights.nw);
+    store(corner_weight_.get() + kNe * padded_ + i, attention * weights.ne);
+    store(corner_weight_.get() + kSw * padded_ + i, attention * weights.sw);
+    store(corner_weight_.get() + kSe * padded_ + i, attention * weights.se);
+    store(fx_.get() + i, fx);
+    store(fy_.get() + i, fy);
+    store(attention_.get() + i, attention);
+    store_as(corners_.get() + i, corners);
+    store_rows(i, x0, y0);
+  }
+
+  // One pixel per sample, which takes the place of the north-west corner. A location beyond the map
+  // reads the pixel at its edge; one that is not finite does not count.
+  void prepare_nearest(int64_t i, const PixelTransform<Real>& to_pixels) {
+    Vec<Real> x, y;
+    load_pairs(given_points_.get() + 2 * i, x, y);
+    x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
+    y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
+    const IntVec<Real> counts = (x - x == 0) & (y - y == 0);
+
+    const Vec<Real> last_x = load(width_.get() + i) - 1, last_y = load(height_.get() + i) - 1;
+    x = (x > 0) & counts ? x : Vec<Real>{};
+    y = (y > 0) & counts ? y : Vec<Real>{};
+    x = x < last_x ? x : last_x;
+    y = y < last_y ? y : last_y;
+    const Vec<Real> attention = counts ? load(given_weights_.get() + i) : Vec<Real>{};
+    store(corner_weight_.get() + kNw * padded_ + i, attention);
+    for (int c = kNe; c <= kSe; ++c) store(corner_weight_.get() + c * padded_ + i, Vec<Real>{});
+    store(fx_.get() + i, Vec<Real>{});
+    store(fy_.get() + i, Vec<Real>{});
+    store(attention_.get() + i, attention);
+    store_as(corners_.get() + i, counts & 1);
+    store_rows(i, __builtin_convertvector(x, IntVec<Real>), __builtin_convertvector(y, IntVec<Real>));
+  }
+
+  // 64-bit rows: a map may have more than 2^31 pixels.
+  void store_rows(int64_t i, IntVec<Real> x0, IntVec<Real> y0) {
+    for (int j = 0; j < kLanes<Real>; ++j) {
+      row_[i + j] = level_start_[i + j] + int64_t(y0[j]) * map_width_[i + j] + x0[j];
+    }
+  }
+
+  // Clears the corners that lie on padded pixels.
+  void drop_padding(int64_t b) {
+    const bool* const mask = problem_.padding_mask + b * problem_.num_keys;
+    for (int64_t i = 0; i < count_; ++i) {
+      for (int c = 0; c < kNumCorners; ++c) {
+        if ((corners_[i] >> c & 1) == 0) continue;
+        if (mask[row_[i] + c % 2 + c / 2 * map_width_[i]]) corners_[i] &= ~(index_t<Real>(1) << c);
+      }
+    }
+  }
+
+  const Problem& problem_;
+  const int64_t first_level_, last_level_;
+  const int64_t begin_, count_, padded_, padded_all_;
+  Buffer<Real> width_, height_;
+  Buffer<index_t<Real>> map_width_;
+  Buffer<int64_t> level_start_;
+  Buffer<Real> transform_, reference_, given_points_, given_weights_;
+  Buffer<int64_t> row_;
+  Buffer<index_t<Real>> corners_;
+  Buffer<Real> fx_, fy_, attention_, corner_weight_;
+};
+
+}  // namespace MSDA_CPU_CAPABILITY
+}  // namespace msda

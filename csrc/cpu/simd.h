@@ -1,0 +1,314 @@
+// Vectors of one instruction set, through the compiler's vector extensions. This file is compiled
+// once per instruction set (see CMakeLists.txt); everything it defines lives in a namespace named
+// after the set, so that no two sets ever share a function. Intrinsics appear here and only here.
+
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX512F__) || defined(__F16C__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+#ifndef MSDA_CPU_CAPABILITY
+#error "MSDA_CPU_CAPABILITY names the instruction set this file is compiled for"
+#endif
+
+namespace msda {
+namespace MSDA_CPU_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;  // SSE2, NEON: part of every 64-bit x86 and Arm machine
+#endif
+
+// 16-bit floats as stored; all arithmetic is done in acc_t.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The type in which values of type T are summed.
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// The integer as wide as a coordinate, so that masks and indices line up with it lane by lane.
+template <class Real>
+using index_t = std::conditional_t<std::is_same_v<Real, double>, int64_t, int32_t>;
+
+template <class T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+};
+template <class T, int N>
+using VecN = typename VectorOf<T, N>::type;
+
+template <class Real>
+constexpr int kLanes = kVectorBytes / int(sizeof(Real));
+template <class Real>
+using Vec = VecN<Real, kLanes<Real>>;
+template <class Real>
+using IntVec = VecN<index_t<Real>, kLanes<Real>>;
+
+template <class V, class T>
+inline V load_as(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+template <class V, class T>
+inline void store_as(T* p, V v) {
+  std::memcpy(p, &v, sizeof(V));
+}
+
+template <class To, class From>
+inline To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class Real>
+inline Vec<Real> broadcast(Real x) {
+  return x - Vec<Real>{};
+}
+
+// ---- loads: kLanes elements as acc_t ------------------------------------------------------------
+
+inline Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
+inline Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
+
+using Bits16 = VecN<uint16_t, kLanes<float>>;
+using Bits32 = VecN<uint32_t, kLanes<float>>;
+
+inline Vec<float> load(const BFloat16* p) {
+  return bit_cast<Vec<float>>(__builtin_convertvector(load_as<Bits16>(p), Bits32) << 16);
+}
+
+inline Vec<float> load(const Half* p) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps(load_as<__m256i>(p));
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps(load_as<__m128i>(p));
+#elif defined(__ARM_NEON)
+  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+#else
+  // Place exponent and mantissa where float32 has them and correct the bias by a multiplication,
+  // which also makes subnormals right; Inf and NaN then lack the rest of their exponent bits.
+  const Bits32 half = __builtin_convertvector(load_as<Bits16>(p), Bits32);
+  const Bits32 magnitude = (half & 0x7fff) << 13;
+  const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;
+  const Bits32 special = (Bits32)((half & 0x7c00) == 0x7c00) & 0x7f800000;
+  return bit_cast<Vec<float>>(bit_cast<Bits32>(scaled) | special | ((half & 0x8000) << 16));
+#endif
+}
+
+// ---- stores: kLanes elements, rounded to nearest even -------------------------------------------
+
+inline void store(float* p, Vec<float> v) { store_as(p, v); }
+inline void store(double* p, Vec<double> v) { store_as(p, v); }
+
+inline void store(BFloat16* p, Vec<float> v) {
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const Bits32 quiet_nan = (bits >> 16) | 0x40;
+  const Bits32 is_nan = (Bits32)(v != v);
+  store_as(p, __builtin_convertvector((is_nan & quiet_nan) | (~is_nan & rounded), Bits16));
+}
+
+inline void store(Half* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  store_as(p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  store_as(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__ARM_NEON)
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+#else
+  const Bits32 bits = bit_cast<Bits32>(v);
+  const Bits32 sign = (bits >> 16) & 0x8000;
+  const Bits32 magnitude = bits & 0x7fffffff;
+  // Normal numbers: move the exponent bias, round the 13 dropped bits to nearest even. Subnormal
+  // results: adding 1/2 leaves the float adder to align and round the mantissa.
+  const Bits32 normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const Bits32 subnormal =
+      bit_cast<Bits32>(bit_cast<Vec<float>>(magnitude) + 0.5f) - (uint32_t(126) << 23);
+  const Bits32 is_small = (Bits32)(magnitude < (113u << 23));
+  const Bits32 is_large = (Bits32)(magnitude >= 0x477ff000u);  // rounds to 65536 or more, or NaN
+  const Bits32 special = 0x7c00 | ((Bits32)(magnitude > 0x7f800000u) & 0x200);
+  const Bits32 finite = (is_small & subnormal) | (~is_small & normal);
+  const Bits32 half = sign | (is_large & special) | (~is_large & finite);
+  store_as(p, __builtin_convertvector(half, Bits16));
+#endif
+}
+
+// ---- the last vector of a row whose length is not a multiple of kLanes --------------------------
+
+template <class T>
+inline Vec<acc_t<T>> load_partial(const T* p, int count) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (std::is_same_v<T, float>) {
+    return (Vec<float>)_mm512_maskz_loadu_ps(__mmask16((1u << count) - 1), p);
+  } else if constexpr (sizeof(T) == 2) {
+    T buffer[kLanes<float>];
+    store_as(buffer, _mm256_maskz_loadu_epi16(__mmask16((1u << count) - 1), p));
+    return load(buffer);
+  }
+#endif
+  T buffer[kLanes<acc_t<T>>] = {};
+  for (int i = 0; i < count; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+
+template <class T>
+inline void store_partial(T* p, Vec<acc_t<T>> v, int count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, float>) {
+    return _mm512_mask_storeu_ps(p, __mmask16((1u << count) - 1), (__m512)v);
+  }
+#endif
+  T buffer[kLanes<acc_t<T>>];
+  store(buffer, v);
+  for (int i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+// ---- shuffles -----------------------------------------------------------------------------------
+
+template <class V, int... I>
+inline V even_lanes(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...);
+}
+
+template <class V, int... I>
+inline V odd_lanes(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+template <class V, int... I>
+inline V interleave(V a, V b, int offset, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return offset == 0 ? __builtin_shufflevector(a, b, (I % 2 * n + I / 2)...)
+                     : __builtin_shufflevector(a, b, (I % 2 * n + n / 2 + I / 2)...);
+}
+
+// (x0, y0, x1, y1, ...) in memory <-> a vector of x and a vector of y.
+template <class Real>
+inline void load_pairs(const Real* p, Vec<Real>& x, Vec<Real>& y) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<Real>>();
+  const Vec<Real> low = load(p), high = load(p + kLanes<Real>);
+  x = even_lanes(low, high, lanes);
+  y = odd_lanes(low, high, lanes);
+}
+
+// (a0, b0, c0, d0, a1, ...) in memory: four vectors of four numbers per lane.
+template <class Real>
+inline void load_quads(const Real* p, Vec<Real>& a, Vec<Real>& b, Vec<Real>& c, Vec<Real>& d) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<Real>>();
+  Vec<Real> ac_low, bd_low, ac_high, bd_high;
+  load_pairs(p, ac_low, bd_low);
+  load_pairs(p + 2 * kLanes<Real>, ac_high, bd_high);
+  a = even_lanes(ac_low, ac_high, lanes);
+  b = even_lanes(bd_low, bd_high, lanes);
+  c = odd_lanes(ac_low, ac_high, lanes);
+  d = odd_lanes(bd_low, bd_high, lanes);
+}
+
+template <class Real>
+inline void store_pairs(Real* p, Vec<Real> x, Vec<Real> y) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<Real>>();
+  store(p, interleave(x, y, 0, lanes));
+  store(p + kLanes<Real>, interleave(x, y, 1, lanes));
+}
+
+template <class V>
+inline auto sum_lanes(V v) {
+  auto sum = v[0];
+  for (int i = 1; i < int(sizeof(V) / sizeof(sum)); ++i) sum += v[i];
+  return sum;
+}
+
+// Sums of the lanes of four vectors, written side by side.
+inline void store_lane_sums(double* p, Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
+  p[0] = sum_lanes(a);
+  p[1] = sum_lanes(b);
+  p[2] = sum_lanes(c);
+  p[3] = sum_lanes(d);
+}
+
+// Pattern of 4 lanes, repeated in every group of 4, where lanes of b count from n on.
+template <int... I>
+inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b, std::integer_sequence<int, I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + I % 4 / 2 * n)...) +
+         __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + 1 + I % 4 / 2 * n)...);
+}
+
+template <class V, int... I>
+inline auto add_halves(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, I...) +
+         __builtin_shufflevector(v, v, (I + int(sizeof...(I)))...);
+}
+
+// Adds up the groups of four lanes.
+template <class V>
+inline void store_sum_of_groups(float* p, V v) {
+  constexpr int lanes = sizeof(V) / sizeof(float);
+  if constexpr (lanes > 4) {
+    store_sum_of_groups(p, add_halves(v, std::make_integer_sequence<int, lanes / 2>()));
+  } else {
+    store_as(p, v);
+  }
+}
+
+inline void store_lane_sums(float* p, Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes<float>>();
+  const Vec<float> ab = add_neighbours(a, b, lanes);
+  const Vec<float> cd = add_neighbours(c, d, lanes);
+  const Vec<float> abcd = add_neighbours(ab, cd, lanes);  // each group of 4: parts of a, b, c, d
+  store_sum_of_groups(p, abcd);
+}
+
+// ---- exponential --------------------------------------------------------------------------------
+
+// e^x for x <= 0, as softmax needs it: within 2 ulp, e^-inf = 0, NaN stays NaN. Results below the
+// smallest normal number become 0.
+inline Vec<float> exp_nonpositive(Vec<float> x) {
+  const Vec<float> smallest = broadcast(-87.33654f);  // log(2^-126)
+  const auto underflows = x < smallest;
+  const Vec<float> t = underflows ? smallest : x;
+  // x = k log(2) + r with |r| <= log(2)/2; adding 1.5 * 2^23 rounds k into the low mantissa bits.
+  const Vec<float> magic = broadcast(12582912.0f);
+  const Vec<float> shifted = t * 1.44269504f + magic;
+  const Vec<float> k = shifted - magic;
+  const Vec<float> r = (t - k * 0.693359375f) + k * 2.12194440e-4f;
+  Vec<float> p = broadcast(1.0f / 5040);  // Taylor polynomial of degree 7
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const IntVec<float> exponent = bit_cast<IntVec<float>>(shifted) << 23;
+  const Vec<float> result = bit_cast<Vec<float>>(bit_cast<IntVec<float>>(p) + exponent);
+  return underflows ? Vec<float>{} : result;
+}
+
+inline Vec<double> exp_nonpositive(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+}  // namespace MSDA_CPU_CAPABILITY
+}  // namespace msda

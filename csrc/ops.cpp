@@ -1,0 +1,493 @@
+// The torch side of the operator: schemas, input checks, allocation and dispatch, written against
+// LibTorch's stable ABI so that one binary serves every torch from 2.10 on.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "problem.h"
+
+namespace msda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (condition) return;
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
+
+std::string to_string(const Sizes& sizes) {
+  std::ostringstream text;
+  text << "(";
+  for (size_t i = 0; i < sizes.size(); ++i) text << (i == 0 ? "" : ", ") << sizes[i];
+  text << (sizes.size() == 1 ? ",)" : ")");
+  return text.str();
+}
+
+Sizes sizes_of(const Tensor& tensor) {
+  Sizes sizes(tensor.dim());
+  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = tensor.size(i);
+  return sizes;
+}
+
+void check_shape(const Tensor& tensor, const char* name, const char* letters,
+                 const Sizes& expected) {
+  check(sizes_of(tensor) == expected, name, " must have shape ", letters, " = ",
+        to_string(expected), ", got ", to_string(sizes_of(tensor)));
+}
+
+void check_device(const Tensor& tensor, const char* name, const Tensor& value) {
+  check(tensor.device() == value.device(), name, " must be on the device of value (",
+        value.is_cpu() ? "cpu" : "cuda", "), got a tensor on ", tensor.is_cpu() ? "cpu" : "cuda",
+        tensor.is_cpu() ? "" : ":", tensor.is_cpu() ? "" : std::to_string(tensor.get_device()));
+}
+
+DType dtype_of(const Tensor& tensor, const char* name) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      check(false, name, " must be float32, float64, float16 or bfloat16, got ",
+            torch::headeronly::toString(tensor.scalar_type()));
+  }
+  return DType::kFloat32;
+}
+
+ConstArray const_array(const Tensor& tensor, const char* name) {
+  return {tensor.const_data_ptr(), dtype_of(tensor, name)};
+}
+
+Array mutable_array(const Tensor& tensor) {
+  if (tensor.numel() == 0) return {};
+  return {tensor.mutable_data_ptr(), dtype_of(tensor, "gradient")};
+}
+
+// The elements of an integer tensor on the CPU.
+Sizes read_integers(const Tensor& tensor, const char* name) {
+  const ScalarType type = tensor.scalar_type();
+  check(type == ScalarType::Long || type == ScalarType::Int, name,
+        " must be int64 or int32, got ", torch::headeronly::toString(type));
+  const Tensor dense = torch::stable::contiguous(tensor);
+  Sizes numbers(dense.numel());
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    numbers[i] = type == ScalarType::Long ? dense.const_data_ptr<int64_t>()[i]
+                                          : dense.const_data_ptr<int32_t>()[i];
+  }
+  return numbers;
+}
+
+// What every form of the operator takes.
+struct Pyramid {
+  const Tensor& value;
+  const Sizes& spatial_shapes;                         // H0, W0, H1, ...; empty if given as a tensor
+  const std::optional<Tensor>& spatial_shapes_tensor;  // (L, 2)
+  const std::optional<Tensor>& level_start_index;      // (L)
+  const Sizes& num_points;                             // (L); empty if the same for all levels
+};
+
+// A problem with the tensors that its pointers point into.
+struct Call {
+  Problem problem{};
+  std::vector<Level> levels;
+  std::vector<Tensor> kept;
+
+  const Tensor& keep(const Tensor& tensor) {
+    kept.push_back(torch::stable::contiguous(tensor));
+    return kept.back();
+  }
+};
+
+Sizes read_spatial_shapes(const Pyramid& pyramid) {
+  if (!pyramid.spatial_shapes_tensor) {
+    check(pyramid.spatial_shapes.size() % 2 == 0,
+          "spatial_shapes must hold (height, width) pairs, got ", pyramid.spatial_shapes.size(),
+          " numbers");
+    return pyramid.spatial_shapes;
+  }
+  const Tensor& shapes = *pyramid.spatial_shapes_tensor;
+  check(shapes.dim() == 2 && shapes.size(1) == 2, "spatial_shapes must have shape (L, 2), got ",
+        to_string(sizes_of(shapes)));
+  check(shapes.is_cpu(), "spatial_shapes must be on the CPU when value is, got a tensor on cuda");
+  return read_integers(shapes, "spatial_shapes");
+}
+
+// Checks value and the pyramid's metadata and fills in all sizes but those of queries and points.
+void read_pyramid(const Pyramid& pyramid, Call& call) {
+  const Tensor& value = pyramid.value;
+  check(value.dim() == 4, "value must have shape (B, S, M, D), got ", to_string(sizes_of(value)));
+  Problem& problem = call.problem;
+  problem.batch = value.size(0);
+  problem.num_keys = value.size(1);
+  problem.num_heads = value.size(2);
+  problem.head_dim = value.size(3);
+  problem.value = const_array(call.keep(value), "value");
+
+  const Sizes shapes = read_spatial_shapes(pyramid);
+  problem.num_levels = shapes.size() / 2;
+  check(problem.num_levels > 0, "spatial_shapes must hold at least one level, got none");
+  const bool ragged = !pyramid.num_points.empty();
+  check(!ragged || int64_t(pyramid.num_points.size()) == problem.num_levels,
+        "num_points must hold one count per level (", problem.num_levels, "), got ",
+        to_string(pyramid.num_points));
+  Sizes starts;
+  int64_t start = 0;
+  for (int64_t l = 0; l < problem.num_levels; ++l) {
+    const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
+    check(height > 0 && width > 0, "spatial_shapes must be positive, got ", to_string(shapes));
+    const int64_t points = ragged ? pyramid.num_points[l] : 0;
+    check(points >= 0, "num_points must not be negative, got ", to_string(pyramid.num_points));
+    call.levels.push_back({height, width, start, points});
+    starts.push_back(start);
+    start += height * width;
+  }
+  problem.levels = call.levels.data();
+  check(start == problem.num_keys, "spatial_shapes must cover the S = ", problem.num_keys,
+        " keys of value, got shapes ", to_string(shapes), " with ", start, " pixels");
+
+  // The start of a level follows from the shapes: given on the CPU it is checked, else not read.
+  if (pyramid.level_start_index && pyramid.level_start_index->is_cpu()) {
+    const Sizes given = read_integers(*pyramid.level_start_index, "level_start_index");
+    check(given == starts, "level_start_index must be the running sum of height * width, ",
+          to_string(starts), ", got ", to_string(given));
+  }
+}
+
+// Checks the per-sample tensors: points (B, Q, M, L, P, 2) or ragged (B, Q, M, K, 2), weights alike
+// without the last axis.
+void read_samples(const Pyramid& pyramid, const Tensor& points, const char* points_name,
+                  const Tensor& weights, const char* weights_name, Call& call) {
+  Problem& problem = call.problem;
+  check_device(points, points_name, pyramid.value);
+  check_device(weights, weights_name, pyramid.value);
+  const bool ragged = !pyramid.num_points.empty();
+  const char* const letters = ragged ? "(B, Q, M, K, 2)" : "(B, Q, M, L, P, 2)";
+  check(points.dim() == (ragged ? 5 : 6), points_name, " must have shape ", letters, ", got ",
+        to_string(sizes_of(points)));
+  problem.num_queries = points.size(1);
+  Sizes expected = {problem.batch, problem.num_queries, problem.num_heads};
+  if (ragged) {
+    for (const Level& level : call.levels) problem.num_samples += level.num_points;
+    expected.push_back(problem.num_samples);
+  } else {
+    const int64_t num_points = points.size(4);
+    for (Level& level : call.levels) level.num_points = num_points;
+    problem.num_samples = problem.num_levels * num_points;
+    expected.push_back(problem.num_levels);
+    expected.push_back(num_points);
+  }
+  check_shape(weights, weights_name, ragged ? "(B, Q, M, K)" : "(B, Q, M, L, P)", expected);
+  expected.push_back(2);
+  check_shape(points, points_name, letters, expected);
+  problem.points = const_array(call.keep(points), points_name);
+  problem.weights = const_array(call.keep(weights), weights_name);
+}
+
+Call plain_call(const Pyramid& pyramid, const Tensor& sampling_locations,
+                const Tensor& attention_weights, bool nearest) {
+  Call call;
+  read_pyramid(pyramid, call);
+  read_samples(pyramid, sampling_locations, "sampling_locations", attention_weights,
+               "attention_weights", call);
+  call.problem.nearest = nearest;
+  return call;
+}
+
+Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
+                const Tensor& sampling_offsets, const Tensor& attention_logits,
+                const std::optional<Tensor>& padding_mask) {
+  Call call;
+  read_pyramid(pyramid, call);
+  read_samples(pyramid, sampling_offsets, "sampling_offsets", attention_logits,
+               "attention_logits", call);
+  Problem& problem = call.problem;
+
+  check_device(reference_points, "reference_points", pyramid.value);
+  const Sizes shape = sizes_of(reference_points);
+  const bool valid = shape.size() == 4 && shape[0] == problem.batch &&
+                     shape[1] == problem.num_queries &&
+                     (shape[2] == problem.num_levels || shape[2] == 1) &&
+                     (shape[3] == 2 || shape[3] == 4);
+  check(valid, "reference_points must have shape (B, Q, L or 1, 2 or 4) = (", problem.batch, ", ",
+        problem.num_queries, ", ", problem.num_levels, " or 1, 2 or 4), got ", to_string(shape));
+  problem.reference = const_array(call.keep(reference_points), "reference_points");
+  problem.reference_levels = shape[2];
+  problem.reference_size = shape[3];
+
+  if (padding_mask) {
+    check_device(*padding_mask, "padding_mask", pyramid.value);
+    check_shape(*padding_mask, "padding_mask", "(B, S)", {problem.batch, problem.num_keys});
+    check(padding_mask->scalar_type() == ScalarType::Bool,
+          "padding_mask must be bool (True = padding), got ",
+          torch::headeronly::toString(padding_mask->scalar_type()));
+    problem.padding_mask = call.keep(*padding_mask).const_data_ptr<bool>();
+  }
+  return call;
+}
+
+// ---- CPU ----------------------------------------------------------------------------------------
+
+// The least work that is worth waking a thread for, in samples times channels: about 20 us.
+constexpr int64_t kMinWorkPerThread = 1 << 17;
+
+int64_t grain_size(int64_t work_per_item) {
+  return std::max<int64_t>(1, kMinWorkPerThread / std::max<int64_t>(1, work_per_item));
+}
+
+int64_t work_per_query_and_head(const Problem& problem) {
+  return problem.num_samples * std::max<int64_t>(problem.head_dim, 16);
+}
+
+Tensor forward_cpu(const Call& call, const Tensor& value) {
+  const Problem& problem = call.problem;
+  const Tensor output = torch::stable::new_empty(
+      value, {problem.batch, problem.num_queries, problem.num_heads * problem.head_dim});
+  if (output.numel() == 0) return output;
+  const CpuKernels& kernels = cpu_kernels();
+  const ForwardOutputs outputs{mutable_array(output)};
+  torch::stable::parallel_for(
+      0, problem.batch * problem.num_queries,
+      grain_size(work_per_query_and_head(problem) * problem.num_heads),
+      [&](int64_t first, int64_t last) { kernels.forward(problem, outputs, first, last); });
+  return output;
+}
+
+void zero_fill(const Tensor& tensor) {
+  auto* const bytes = static_cast<char*>(tensor.mutable_data_ptr());
+  torch::stable::parallel_for(
+      0, tensor.numel() * tensor.element_size(), 1 << 20,
+      [&](int64_t first, int64_t last) { std::memset(bytes + first, 0, last - first); });
+}
+
+// With too few heads for the threads, levels are spread over them too.
+bool split_by_level(int64_t num_tasks) {
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t busiest = (num_tasks + threads - 1) / threads;
+  return 4 * num_tasks < 3 * busiest * threads;
+}
+
+void backward_cpu(const Call& call, const Tensor& grad_output, const Tensor* output,
+                  const BackwardOutputs& outputs, const Tensor& grad_value) {
+  const Problem& problem = call.problem;
+  const CpuKernels& kernels = cpu_kernels();
+  const bool nothing_to_add = problem.num_queries == 0 || problem.num_samples == 0;
+  if (outputs.grad_value.data && (nothing_to_add || sums_in_place(problem))) zero_fill(grad_value);
+  if (nothing_to_add || problem.batch * problem.num_heads * problem.head_dim == 0) return;
+
+  const BackwardInputs inputs{const_array(grad_output, "grad_output"),
+                              output ? const_array(*output, "output") : ConstArray{}};
+  const int64_t num_heads = problem.batch * problem.num_heads;
+  const bool by_level = split_by_level(num_heads);
+  const int64_t num_parts = by_level ? problem.num_levels : 1;
+  torch::stable::parallel_for(
+      0, num_heads * num_parts,
+      grain_size(work_per_query_and_head(problem) * problem.num_queries / num_parts),
+      [&](int64_t first, int64_t last) {
+        kernels.backward(problem, inputs, outputs, by_level, first, last);
+      });
+  if (outputs.grad_reference.data) {
+    torch::stable::parallel_for(
+        0, problem.batch * problem.num_queries,
+        grain_size(work_per_query_and_head(problem) * problem.num_heads / 4),
+        [&](int64_t first, int64_t last) {
+          kernels.backward_reference(problem, outputs, first, last);
+        });
+  }
+}
+
+Tensor ms_deform_attn_cpu(const Tensor& value, Sizes spatial_shapes,
+                          std::optional<Tensor> spatial_shapes_tensor,
+                          std::optional<Tensor> level_start_index,
+                          const Tensor& sampling_locations, const Tensor& attention_weights,
+                          Sizes num_points, bool nearest) {
+  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
+                        num_points};
+  return forward_cpu(plain_call(pyramid, sampling_locations, attention_weights, nearest), value);
+}
+
+Tensor ms_deform_attn_fused_cpu(const Tensor& value, Sizes spatial_shapes,
+                                std::optional<Tensor> spatial_shapes_tensor,
+                                std::optional<Tensor> level_start_index,
+                                const Tensor& reference_points, const Tensor& sampling_offsets,
+                                const Tensor& attention_logits, Sizes num_points,
+                                std::optional<Tensor> padding_mask) {
+  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
+                        num_points};
+  return forward_cpu(
+      fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask),
+      value);
+}
+
+// grad_output, or the forward's output, as the kernels read it.
+Tensor dense_like_output(const Tensor& tensor, const char* name, const Call& call,
+                         const Tensor& value) {
+  const Problem& problem = call.problem;
+  check_device(tensor, name, value);
+  check_shape(tensor, name, "(B, Q, M * D)",
+              {problem.batch, problem.num_queries, problem.num_heads * problem.head_dim});
+  check(tensor.scalar_type() == value.scalar_type(), name, " must have the dtype of value (",
+        torch::headeronly::toString(value.scalar_type()), "), got ",
+        torch::headeronly::toString(tensor.scalar_type()));
+  return torch::stable::contiguous(tensor);
+}
+
+// An uninitialised gradient of input, or an empty tensor where none is wanted. The kernels write
+// every element.
+Tensor gradient_of(const Tensor& input, bool wanted) {
+  return torch::stable::new_empty(input, wanted ? sizes_of(input) : Sizes{0});
+}
+
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cpu(
+    const Tensor& grad_output, const Tensor& value, Sizes spatial_shapes,
+    std::optional<Tensor> spatial_shapes_tensor, std::optional<Tensor> level_start_index,
+    const Tensor& sampling_locations, const Tensor& attention_weights, Sizes num_points,
+    bool nearest, bool needs_value, bool needs_locations, bool needs_weights) {
+  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
+                        num_points};
+  const Call call = plain_call(pyramid, sampling_locations, attention_weights, nearest);
+  const Tensor dense_grad_output = dense_like_output(grad_output, "grad_output", call, value);
+  const Tensor grad_value = gradient_of(value, needs_value);
+  const Tensor grad_locations = gradient_of(sampling_locations, needs_locations);
+  const Tensor grad_weights = gradient_of(attention_weights, needs_weights);
+  BackwardOutputs outputs;
+  outputs.grad_value = mutable_array(grad_value);
+  outputs.grad_points = mutable_array(grad_locations);
+  outputs.grad_weights = mutable_array(grad_weights);
+  backward_cpu(call, dense_grad_output, nullptr, outputs, grad_value);
+  return {grad_value, grad_locations, grad_weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward_cpu(
+    const Tensor& grad_output, const Tensor& output, const Tensor& value, Sizes spatial_shapes,
+    std::optional<Tensor> spatial_shapes_tensor, std::optional<Tensor> level_start_index,
+    const Tensor& reference_points, const Tensor& sampling_offsets,
+    const Tensor& attention_logits, Sizes num_points, std::optional<Tensor> padding_mask,
+    bool needs_value, bool needs_reference, bool needs_offsets, bool needs_logits) {
+  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
+                        num_points};
+  const Call call =
+      fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask);
+  const Tensor dense_grad_output = dense_like_output(grad_output, "grad_output", call, value);
+  const Tensor dense_output = dense_like_output(output, "output", call, value);
+  const Tensor grad_value = gradient_of(value, needs_value);
+  const Tensor grad_reference = gradient_of(reference_points, needs_reference);
+  // The gradient of the reference points is summed from that of the offsets.
+  const Tensor grad_offsets = gradient_of(sampling_offsets, needs_offsets || needs_reference);
+  const Tensor grad_logits = gradient_of(attention_logits, needs_logits);
+  BackwardOutputs outputs;
+  outputs.grad_value = mutable_array(grad_value);
+  outputs.grad_points = mutable_array(grad_offsets);
+  outputs.grad_weights = mutable_array(grad_logits);
+  outputs.grad_reference = mutable_array(grad_reference);
+  backward_cpu(call, dense_grad_output, &dense_output, outputs, grad_value);
+  return {grad_value, grad_reference,
+          needs_offsets ? grad_offsets : gradient_of(sampling_offsets, false), grad_logits};
+}
+
+#ifndef MSDA_WITH_CUDA
+void refuse_cuda(StableIValue*, uint64_t, uint64_t) {
+  throw std::runtime_error(
+      "value must be on the CPU, got a CUDA tensor: this build of msda has no CUDA kernels. "
+      "Install it where nvcc is found (MSDA_CUDA=1 to insist), or set MSDA_BACKEND=reference.");
+}
+#endif
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(msda, m) {
+  m.def(
+      "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor? spatial_shapes_tensor, "
+      "Tensor? level_start_index, Tensor sampling_locations, Tensor attention_weights, "
+      "int[] num_points, bool nearest) -> Tensor");
+  m.def(
+      "_ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+      "Tensor? spatial_shapes_tensor, Tensor? level_start_index, Tensor sampling_locations, "
+      "Tensor attention_weights, int[] num_points, bool nearest, bool needs_value, "
+      "bool needs_locations, bool needs_weights) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor? spatial_shapes_tensor, "
+      "Tensor? level_start_index, Tensor reference_points, Tensor sampling_offsets, "
+      "Tensor attention_logits, int[] num_points, Tensor? padding_mask) -> Tensor");
+  m.def(
+      "_ms_deform_attn_fused_backward(Tensor grad_output, Tensor output, Tensor value, "
+      "SymInt[] spatial_shapes, Tensor? spatial_shapes_tensor, Tensor? level_start_index, "
+      "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
+      "int[] num_points, Tensor? padding_mask, bool needs_value, bool needs_reference, "
+      "bool needs_offsets, bool needs_logits) -> (Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(msda, CPU, m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn_cpu));
+  m.impl("_ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward_cpu));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&ms_deform_attn_fused_cpu));
+  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&ms_deform_attn_fused_backward_cpu));
+}
+
+#ifndef MSDA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(msda, CUDA, m) {
+  m.impl("ms_deform_attn", &refuse_cuda);
+  m.impl("_ms_deform_attn_backward", &refuse_cuda);
+  m.impl("ms_deform_attn_fused", &refuse_cuda);
+  m.impl("_ms_deform_attn_fused_backward", &refuse_cuda);
+}
+#endif
+
+}  // namespace msda
+
+// What msda.info() reads, through ctypes.
+extern "C" {
+
+__attribute__((visibility("default"))) const char* msda_compiled_cpu_capabilities() {
+  return msda::compiled_cpu_capabilities();
+}
+
+__attribute__((visibility("default"))) const char* msda_supported_cpu_capabilities() {
+  return msda::supported_cpu_capabilities();
+}
+
+// The instruction set in use, or null where MSDA_CPU_CAPABILITY names one that cannot be used.
+__attribute__((visibility("default"))) const char* msda_cpu_capability() {
+  try {
+    return msda::cpu_kernels().capability;
+  } catch (const std::runtime_error&) {
+    return nullptr;
+  }
+}
+
+// Semicolon-separated; empty in a build without CUDA kernels.
+__attribute__((visibility("default"))) const char* msda_cuda_architectures() {
+#ifdef MSDA_WITH_CUDA
+  return MSDA_CUDA_ARCHITECTURES;
+#else
+  return "";
+#endif
+}
+
+__attribute__((visibility("default"))) const char* msda_built_with_torch() {
+  return MSDA_TORCH_VERSION;
+}
+
+}  // extern "C"

@@ -1,0 +1,71 @@
+// The sizes and pointers of one call: what the torch side hands to every kernel, CPU or CUDA.
+// Shape letters: B batch, S keys (pixels of all levels), Q queries, M heads, D channels per head,
+// L levels, K samples of one query and head (the points of all levels together).
+
+#pragma once
+
+#include <cstdint>
+
+namespace msda {
+
+enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
+
+// A dense row-major array whose element type is known at run time only. data is null where absent.
+struct ConstArray {
+  const void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+struct Array {
+  void* data = nullptr;
+  DType dtype = DType::kFloat32;
+};
+
+struct Level {
+  int64_t height;
+  int64_t width;
+  int64_t start;       // first key of the level
+  int64_t num_points;  // points that each query and head samples from the level
+};
+
+struct Problem {
+  int64_t batch;
+  int64_t num_keys;
+  int64_t num_queries;
+  int64_t num_heads;
+  int64_t head_dim;
+  int64_t num_levels;
+  int64_t num_samples;  // K
+  const Level* levels;  // (L), on the host
+  bool nearest;
+
+  // inputs
+  ConstArray value;               // (B, S, M, D)
+  ConstArray points;              // (B, Q, M, K, 2): sampling locations; fused: sampling offsets
+  ConstArray weights;             // (B, Q, M, K): attention weights; fused: attention logits
+  ConstArray reference;           // fused only: (B, Q, reference_levels, reference_size)
+  int64_t reference_levels;       // L, or 1 where one reference serves all levels
+  int64_t reference_size;         // 2: (x, y); 4: (centre x, centre y, width, height)
+  const bool* padding_mask;       // (B, S), true = padding; may be null
+
+  bool is_fused() const { return reference.data != nullptr; }
+};
+
+struct ForwardOutputs {
+  Array output;  // (B, Q, M * D)
+};
+
+struct BackwardInputs {
+  ConstArray grad_output;  // (B, Q, M * D)
+  ConstArray output;       // (B, Q, M * D): what forward returned; read by the fused form only
+};
+
+// Each gradient has its input's shape; a null one is not computed.
+struct BackwardOutputs {
+  Array grad_value;
+  Array grad_points;
+  Array grad_weights;
+  Array grad_reference;
+};
+
+}  // namespace msda

@@ -1,0 +1,224 @@
+"""The functions users call: documented, typed, and thin."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from msda import ops
+from msda.reference import (
+    SpatialShapes,
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+)
+
+_INTERPOLATIONS = ("bilinear", "nearest")
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    num_points: Sequence[int] | None = None,
+    interpolation: str = "bilinear",
+) -> Tensor:
+    """Sum sampled values of a feature pyramid, weighted by attention (arXiv 2010.04159, eq. 3).
+
+    For each query and head, ``output = sum over levels and points of attention_weight * sample``,
+    where a sample is read at pixel coordinates ``x = loc_x * W - 1/2``, ``y = loc_y * H - 1/2``.
+    Pixels outside a map are zero; a sample with x outside (-1, W) or y outside (-1, H), or with a
+    location that is NaN or infinite, contributes exactly zero to output and gradients. Coordinates
+    and sums are float32 (float64 for float64 values) whatever the dtypes. The CPU backward gives
+    the same bits for any number of threads.
+
+    Letters: B batch, S = sum of H * W over levels, Q queries, M heads, D channels per head,
+    L levels, P points. Inputs need not be contiguous. Q and B may be 0.
+
+    Args:
+        value: (B, S, M, D) projected features, levels flattened row by row and concatenated;
+            float32, float64, float16 or bfloat16.
+        spatial_shapes: (L, 2) rows are (height, width): a sequence of int pairs (preferred, nothing
+            to read back) or an int64 or int32 tensor. A CUDA tensor is never read on the host.
+        level_start_index: (L,) first row of each level in S, or None. It follows from
+            ``spatial_shapes``: on the CPU it is checked against them, elsewhere it is not read.
+        sampling_locations: (B, Q, M, L, P, 2) last axis (x, y), 0..1 across the map. Any of the four
+            dtypes; use float32 even for 16-bit values, because a bfloat16 location is off by up to
+            0.6 pixels on a map 160 wide (float16: 0.08).
+        attention_weights: (B, Q, M, L, P) already softmaxed over the L * P axes; any of the four
+            dtypes.
+        num_points: one count per level for levels with different numbers of points, as in
+            RT-DETRv2 and D-FINE. ``sampling_locations`` is then (B, Q, M, K, 2) and
+            ``attention_weights`` (B, Q, M, K) with K = sum(num_points), levels in order.
+        interpolation: "bilinear", or "nearest": RT-DETRv2's 'discrete' mode, which reads the pixel
+            (trunc(loc_x * W + 1/2), trunc(loc_y * H + 1/2)), each clamped to the map, and gives no
+            gradient to locations.
+
+    Returns:
+        (B, Q, M * D) heads concatenated; dtype and device of ``value``.
+
+    Raises:
+        TypeError: an argument that must be a tensor is none.
+        ValueError: ``interpolation`` or ``spatial_shapes`` is malformed.
+        RuntimeError: shapes, dtypes or devices do not fit together; a kernel failed; a second
+            derivative is asked for.
+
+    Example:
+        >>> shapes = [(32, 48), (16, 24)]
+        >>> value = torch.rand(2, 32 * 48 + 16 * 24, 8, 32)
+        >>> locations = torch.rand(2, 100, 8, 2, 4, 2)
+        >>> weights = torch.rand(2, 100, 8, 8).softmax(-1).unflatten(-1, (2, 4))
+        >>> ms_deform_attn(value, shapes, None, locations, weights).shape
+        torch.Size([2, 100, 256])
+    """
+    _check_tensor(value, "value")
+    _check_tensor(sampling_locations, "sampling_locations")
+    _check_tensor(attention_weights, "attention_weights")
+    if interpolation not in _INTERPOLATIONS:
+        raise ValueError(f"interpolation must be one of {_INTERPOLATIONS}, got {interpolation!r}")
+    shapes, shapes_tensor = _split_shapes(spatial_shapes)
+    if not _has_kernel(value):
+        return ms_deform_attn_reference(
+            value,
+            spatial_shapes,
+            level_start_index,
+            sampling_locations,
+            attention_weights,
+            num_points=num_points,
+            interpolation=interpolation,
+        )
+    return torch.ops.msda.ms_deform_attn(
+        value,
+        shapes,
+        shapes_tensor,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        [] if num_points is None else num_points,
+        interpolation == "nearest",
+    )
+
+
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    num_points: Sequence[int] | None = None,
+    padding_mask: Tensor | None = None,
+) -> Tensor:
+    """Compute :func:`ms_deform_attn` from reference points, offsets and logits in one kernel.
+
+    Locations (arXiv 2010.04159, section 4.1 and appendix A.3) and the softmax over all samples of a
+    head are computed inside the kernel, in float32 (float64 for float64 values), and never written
+    to memory:
+
+        points:  loc = (x, y) + offset / (W, H)
+        boxes:   loc = (x, y) + offset * (w, h) / (2 * P)
+
+    Because offsets are small, 16-bit offsets lose little here, unlike 16-bit locations.
+
+    Args:
+        value: as in :func:`ms_deform_attn`.
+        spatial_shapes: as in :func:`ms_deform_attn`.
+        level_start_index: as in :func:`ms_deform_attn`.
+        reference_points: (B, Q, L, 2) points (x, y) or (B, Q, L, 4) boxes (centre x, centre y,
+            width, height), 0..1 across the map; L may be 1 where all levels share them. Any of the
+            four dtypes; float32 is meant.
+        sampling_offsets: (B, Q, M, L, P, 2) last axis (x, y): pixels of the level for points, units
+            of (w, h) / (2 * P) for boxes. Any of the four dtypes.
+        attention_logits: (B, Q, M, L, P) before the softmax over L * P. Any of the four dtypes.
+        num_points: as in :func:`ms_deform_attn`; offsets are then (B, Q, M, K, 2), logits
+            (B, Q, M, K).
+        padding_mask: (B, S) bool, True = padding: those values read as zero and get no gradient.
+
+    Returns:
+        (B, Q, M * D) heads concatenated; dtype and device of ``value``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in :func:`ms_deform_attn`.
+
+    Example:
+        >>> shapes = [(32, 48), (16, 24)]
+        >>> value = torch.rand(2, 32 * 48 + 16 * 24, 8, 32)
+        >>> reference_points = torch.rand(2, 100, 2, 2)
+        >>> offsets, logits = torch.randn(2, 100, 8, 2, 4, 2), torch.randn(2, 100, 8, 2, 4)
+        >>> ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits).shape
+        torch.Size([2, 100, 256])
+    """
+    _check_tensor(value, "value")
+    _check_tensor(reference_points, "reference_points")
+    _check_tensor(sampling_offsets, "sampling_offsets")
+    _check_tensor(attention_logits, "attention_logits")
+    shapes, shapes_tensor = _split_shapes(spatial_shapes)
+    if not _has_kernel(value):
+        return ms_deform_attn_fused_reference(
+            value,
+            spatial_shapes,
+            level_start_index,
+            reference_points,
+            sampling_offsets,
+            attention_logits,
+            num_points=num_points,
+            padding_mask=padding_mask,
+        )
+    return torch.ops.msda.ms_deform_attn_fused(
+        value,
+        shapes,
+        shapes_tensor,
+        level_start_index,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        [] if num_points is None else num_points,
+        padding_mask,
+    )
+
+
+def _check_tensor(argument: object, name: str) -> None:
+    if not isinstance(argument, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
+
+
+def _split_shapes(spatial_shapes: SpatialShapes) -> tuple[list[int], Tensor | None]:
+    """The two ways in which the operator takes shapes: [H0, W0, H1, W1, ...] or a tensor."""
+    if isinstance(spatial_shapes, Tensor):
+        return [], spatial_shapes
+    try:
+        return [size for height, width in spatial_shapes for size in (height, width)], None
+    except (TypeError, ValueError):
+        raise ValueError(
+            "spatial_shapes must be a sequence of (height, width) pairs or an integer tensor, "
+            f"got {spatial_shapes!r}"
+        ) from None
+
+
+def _has_kernel(value: Tensor) -> bool:
+    """Whether the compiled operator serves this call; if not, says so once."""
+    device = value.device.type
+    if ops.BACKEND == "native" and device in ("cpu", "cuda", "meta"):
+        return True
+    if ops.BACKEND == "native":
+        _warn_once(f"msda has no kernel for {device} tensors: the slower PyTorch reference runs.")
+    elif not ops.BACKEND_REASON.startswith("MSDA_BACKEND"):
+        _warn_once(f"msda runs its slower PyTorch reference: {ops.BACKEND_REASON}.")
+    return False
+
+
+def _warn_once(message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _warn(message)
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)

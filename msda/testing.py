@@ -1,0 +1,225 @@
+"""Inputs and tolerances shared by tests, benchmarks and examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+# Encoder of Deformable DETR R50 at 800 x 1333: strides 8, 16, 32, 64 (S = 22 223).
+PAPER_SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
+
+# Largest relative error (in the Euclidean norm) against the float64 reference. float32 and float64:
+# a dozen roundings of the dtype's epsilon along a sum of some 64 terms. 16 bits: one rounding of
+# the result, at most half an epsilon and 0.3 of one in the mean, and as much again for a gradient
+# that passed through a 16-bit output.
+TOLERANCES = {
+    torch.float64: 1e-14,
+    torch.float32: 2e-6,
+    torch.float16: 5e-4,
+    torch.bfloat16: 4e-3,
+}
+
+
+@dataclass
+class Inputs:
+    """Arguments of :func:`msda.ms_deform_attn`."""
+
+    value: Tensor  # (B, S, M, D)
+    spatial_shapes: list[tuple[int, int]]
+    sampling_locations: Tensor  # (B, Q, M, L, P, 2), or (B, Q, M, K, 2) with num_points
+    attention_weights: Tensor  # (B, Q, M, L, P), or (B, Q, M, K)
+    num_points: list[int] | None = None
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.value, self.sampling_locations, self.attention_weights
+
+
+@dataclass
+class FusedInputs:
+    """Arguments of :func:`msda.ms_deform_attn_fused`."""
+
+    value: Tensor  # (B, S, M, D)
+    spatial_shapes: list[tuple[int, int]]
+    reference_points: Tensor  # (B, Q, L or 1, 2 or 4)
+    sampling_offsets: Tensor  # (B, Q, M, L, P, 2), or (B, Q, M, K, 2) with num_points
+    attention_logits: Tensor  # (B, Q, M, L, P), or (B, Q, M, K)
+    num_points: list[int] | None = None
+    padding_mask: Tensor | None = None  # (B, S)
+
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.value, self.reference_points, self.sampling_offsets, self.attention_logits
+
+
+def map_tensors(inputs, change):
+    """A copy of ``inputs`` with ``change`` applied to its floating-point tensors."""
+    changed = {}
+    for field in fields(inputs):
+        entry = getattr(inputs, field.name)
+        if isinstance(entry, Tensor) and entry.is_floating_point():
+            changed[field.name] = change(entry)
+    return replace(inputs, **changed)
+
+
+def leaves(inputs):
+    """A copy of ``inputs`` whose floating-point tensors are leaves that require a gradient."""
+    return map_tensors(inputs, lambda tensor: tensor.detach().clone().requires_grad_())
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Euclidean norm of the difference over that of ``expected``, computed in float64."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    scale = expected.norm().item()
+    return (actual - expected).norm().item() / (scale if scale > 0 else 1.0)
+
+
+def devices() -> list[str]:
+    """The devices this machine can test: always "cpu", and "cuda" where there is one."""
+    return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def pixel_centres(shapes: Sequence[tuple[int, int]]) -> Tensor:
+    """Normalised (x, y) of every pixel of a pyramid, in the order of ``value``: (S, 2)."""
+    centres = []
+    for height, width in shapes:
+        y, x = torch.meshgrid(
+            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+        )
+        centres.append(torch.stack([x, y], -1).view(-1, 2))
+    return torch.cat(centres)
+
+
+def make_inputs(
+    spatial_shapes: Sequence[tuple[int, int]],
+    *,
+    batch: int = 1,
+    num_queries: int | None = None,
+    num_heads: int = 8,
+    head_dim: int = 32,
+    num_points: int | Sequence[int] = 4,
+    dtype: torch.dtype = torch.float32,
+    point_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    locations: str = "uniform",
+    seed: int = 0,
+) -> Inputs:
+    """Make random arguments for :func:`msda.ms_deform_attn`.
+
+    Args:
+        num_queries: number of queries; None: one per pixel of the pyramid, as in an encoder.
+        num_points: points per level, or one count per level.
+        dtype: of value.
+        point_dtype: of locations and weights; None: float32, or float64 for float64 values.
+        locations: "uniform": over the map and 5 % beyond each edge; "local": the query's own pixel
+            (needs ``num_queries=None``) plus normal offsets of 2.5 pixels on each level.
+    """
+    shapes = [(height, width) for height, width in spatial_shapes]
+    num_keys = sum(height * width for height, width in shapes)
+    ragged = not isinstance(num_points, int)
+    counts = list(num_points) if ragged else [num_points] * len(shapes)
+    queries = num_keys if num_queries is None else num_queries
+    random = torch.Generator().manual_seed(seed)
+    if point_dtype is None:
+        point_dtype = torch.promote_types(dtype, torch.float32)
+
+    value = torch.randn(batch, num_keys, num_heads, head_dim, generator=random)
+    size = (batch, queries, num_heads, sum(counts))
+    if locations == "local":
+        if num_queries is not None:
+            raise ValueError("num_queries must be None for local locations, got one")
+        offset = torch.randn(*size, 2, generator=random) * 2.5
+        pixels = torch.tensor(
+            [(w, h) for (h, w), count in zip(shapes, counts, strict=True) for _ in range(count)]
+        )
+        location = pixel_centres(shapes)[None, :, None, None] + offset / pixels
+    else:
+        location = torch.rand(*size, 2, generator=random) * 1.1 - 0.05
+    weight = torch.randn(size, generator=random).softmax(-1)
+    if not ragged:
+        location = location.unflatten(3, (len(shapes), num_points))
+        weight = weight.unflatten(3, (len(shapes), num_points))
+    return Inputs(
+        value=value.to(device, dtype),
+        spatial_shapes=shapes,
+        sampling_locations=location.to(device, point_dtype),
+        attention_weights=weight.to(device, point_dtype),
+        num_points=counts if ragged else None,
+    )
+
+
+def make_fused_inputs(
+    spatial_shapes: Sequence[tuple[int, int]],
+    *,
+    batch: int = 1,
+    num_queries: int | None = None,
+    num_heads: int = 8,
+    head_dim: int = 32,
+    num_points: int | Sequence[int] = 4,
+    dtype: torch.dtype = torch.float32,
+    point_dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    reference_size: int = 2,
+    shared_reference: bool = False,
+    padding: bool = False,
+    seed: int = 0,
+) -> FusedInputs:
+    """Make random arguments for :func:`msda.ms_deform_attn_fused`.
+
+    Args:
+        num_queries: number of queries with uniform reference points; None: one per pixel, which is
+            its reference point, as in an encoder.
+        reference_size: 2 for points, 4 for boxes.
+        shared_reference: one reference for all levels, shape (B, Q, 1, 2 or 4).
+        padding: mask about a fifth of the keys.
+
+    The other arguments are those of :func:`make_inputs`.
+    """
+    plain = make_inputs(
+        spatial_shapes,
+        batch=batch,
+        num_queries=num_queries,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        num_points=num_points,
+        dtype=dtype,
+        point_dtype=point_dtype,
+        device=device,
+        seed=seed,
+    )
+    random = torch.Generator().manual_seed(seed + 1)
+    point_dtype = plain.sampling_locations.dtype
+    queries, num_keys = plain.sampling_locations.shape[1], plain.value.shape[1]
+    levels = 1 if shared_reference else len(plain.spatial_shapes)
+    if num_queries is None:
+        centre = pixel_centres(spatial_shapes)[None, :, None].expand(batch, -1, levels, -1)
+    else:
+        centre = torch.rand(batch, queries, levels, 2, generator=random)
+    box = torch.rand(batch, queries, levels, 2, generator=random) * 0.5 + 0.05
+    reference = centre if reference_size == 2 else torch.cat([centre, box], -1)
+    offsets = torch.randn(plain.sampling_locations.shape, generator=random) * 2.5
+    logits = torch.randn(plain.attention_weights.shape, generator=random)
+    mask = torch.rand(batch, num_keys, generator=random) < 0.2
+    return FusedInputs(
+        value=plain.value,
+        spatial_shapes=plain.spatial_shapes,
+        reference_points=reference.to(device, torch.promote_types(point_dtype, torch.float32)),
+        sampling_offsets=offsets.to(device, point_dtype),
+        attention_logits=logits.to(device, point_dtype),
+        num_points=plain.num_points,
+        padding_mask=mask.to(device) if padding else None,
+    )
+
+
+def available_memory() -> float:
+    """Bytes of memory that are free for use on this machine; infinite where it cannot be told."""
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return math.inf
