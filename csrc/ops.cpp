@@ -477,7 +477,7 @@ __attribute__((visibility("default"))) const char* msda_cpu_capability() {
   }
 }
 
-// Semicolon-separated; empty in a build without CUDA kernels.
+// Comma-separated; empty in a build without CUDA kernels.
 __attribute__((visibility("default"))) const char* msda_cuda_architectures() {
 #ifdef MSDA_WITH_CUDA
   return MSDA_CUDA_ARCHITECTURES;

@@ -65,7 +65,7 @@ def info() -> Info:
         cpu_capabilities_supported=_names("msda_supported_cpu_capabilities", " "),
         cpu_capabilities_compiled=_names("msda_compiled_cpu_capabilities", " "),
         cpu_threads=torch.get_num_threads(),
-        cuda_architectures=_names("msda_cuda_architectures", ";"),
+        cuda_architectures=_names("msda_cuda_architectures", ","),
         cuda_available=torch.cuda.is_available(),
     )
 

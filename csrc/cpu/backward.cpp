@@ -12,24 +12,23 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kQueryTile = 16;
+constexpr int64_t kQueryTile = 8;
 
-// Where a task sums grad_value: grad_value itself, or its own rows, which finish_scratch() copies.
+// Where a task sums the gradient of one head's pixels: in grad_value itself or in a buffer of its own.
 template <class Real>
 struct GradValue {
-  Real* rows;          // row of key first_key, first channel of the head; null if not wanted
-  int64_t first_key;
-  int64_t key_stride;  // elements from one key to the next
+  Real* base;  // null if not wanted
+  Rows rows;
 };
 
 // One query and head, kVectors vectors of channels or `channels` lanes of one (kPartial):
 // adds weight * grad_output to the pixels read by forward, and adds to dots[4 * i + c] the product
 // <grad_output, value> of sample i and corner c over these channels.
 //   value: value[b, 0, m, d:]   grad_output: grad_output[b, q, m * D + d:]
+//   grad_value: the sum's place for key 0, channel d, of the head
 template <class T, int kVectors, bool kPartial, bool kDots, bool kScatter>
-void backward_channels(const Samples<acc_t<T>>& samples, const T* value, int64_t key_stride,
-                       const T* grad_output, int channels, const GradValue<acc_t<T>>& grad_value,
-                       acc_t<T>* dots, bool first_channels) {
+void backward_channels(const Samples<acc_t<T>>& samples, const T* value, const T* grad_output,
+                       int channels, acc_t<T>* grad_value, acc_t<T>* dots, bool first_channels) {
   using Real = acc_t<T>;
   constexpr int kStep = kLanes<Real>;
   Vec<Real> g[kVectors];
@@ -37,52 +36,30 @@ void backward_channels(const Samples<acc_t<T>>& samples, const T* value, int64_t
     g[k] = kPartial ? load_partial(grad_output, channels) : load(grad_output + k * kStep);
   }
 
-  const auto corner = [&](const T* pixel, Real* grad_pixel, Real weight) {
-    Vec<Real> dot = {};
-    if constexpr (kDots) {
-      for (int k = 0; k < kVectors; ++k) {
-        dot += g[k] * (kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep));
-      }
-    }
-    if constexpr (kScatter) {
-      for (int k = 0; k < kVectors; ++k) {
-        Real* const p = grad_pixel + k * kStep;
-        if constexpr (kPartial) {
-          store_partial(p, load_partial(p, channels) + g[k] * weight, channels);
-        } else {
-          store(p, load(p) + g[k] * weight);
+  const int64_t count = samples.count(), padded = samples.padded();
+  const int64_t* const value_offset = samples.value_offset();
+  const int64_t* const grad_offset = samples.grad_offset();
+  const Real* const weight = samples.corner_weight();
+  for (int64_t i = 0; i < count; ++i) {
+    Vec<Real> dot[kNumCorners] = {};
+    for (int c = 0; c < kNumCorners; ++c) {
+      if constexpr (kDots) {
+        const T* const pixel = value + value_offset[c * padded + i];
+        for (int k = 0; k < kVectors; ++k) {
+          dot[c] += g[k] * (kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep));
         }
       }
-    }
-    return dot;
-  };
-
-  const int64_t count = samples.count(), padded = samples.padded();
-  const int64_t* const row = samples.row();
-  const auto* const corners = samples.corners();
-  const auto* const map_width = samples.map_width();
-  const Real* const weight = samples.corner_weight();
-  const int64_t grad_stride = grad_value.key_stride;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t north = row[i] * key_stride;
-    const int64_t south = north + map_width[i] * key_stride;
-    const int64_t grad_north = (row[i] - grad_value.first_key) * grad_stride;
-    const int64_t grad_south = grad_north + map_width[i] * grad_stride;
-    Real* const grad = grad_value.rows;
-    Vec<Real> dot[kNumCorners] = {};
-    if (corners[i] == 15) {
-      dot[kNw] = corner(value + north, grad + grad_north, weight[kNw * padded + i]);
-      dot[kNe] = corner(value + north + key_stride, grad + grad_north + grad_stride,
-                        weight[kNe * padded + i]);
-      dot[kSw] = corner(value + south, grad + grad_south, weight[kSw * padded + i]);
-      dot[kSe] = corner(value + south + key_stride, grad + grad_south + grad_stride,
-                        weight[kSe * padded + i]);
-    } else {  // at the edge of the map: a corner outside is neither read nor written
-      for (int c = 0; c < kNumCorners; ++c) {
-        if ((corners[i] >> c & 1) == 0) continue;
-        dot[c] = corner(value + (c / 2 == 0 ? north : south) + c % 2 * key_stride,
-                        grad + (c / 2 == 0 ? grad_north : grad_south) + c % 2 * grad_stride,
-                        weight[c * padded + i]);
+      if constexpr (kScatter) {
+        Real* const pixel = grad_value + grad_offset[c * padded + i];
+        const Vec<Real> w = broadcast(weight[c * padded + i]);
+        for (int k = 0; k < kVectors; ++k) {
+          Real* const p = pixel + k * kStep;
+          if constexpr (kPartial) {
+            store_partial(p, load_partial(p, channels) + g[k] * w, channels);
+          } else {
+            store(p, load(p) + g[k] * w);
+          }
+        }
       }
     }
     if constexpr (kDots) {
@@ -97,15 +74,13 @@ void backward_channels(const Samples<acc_t<T>>& samples, const T* value, int64_t
 
 // Walks the channels of one query and head in as few passes as the vectors allow.
 template <class T, bool kDots, bool kScatter>
-void backward_sample_set(const Samples<acc_t<T>>& samples, const T* value, int64_t key_stride,
-                         const T* grad_output, int64_t head_dim,
-                         GradValue<acc_t<T>> grad_value, acc_t<T>* dots) {
+void backward_all_channels(const Samples<acc_t<T>>& samples, const T* value, const T* grad_output,
+                           int64_t head_dim, acc_t<T>* grad_value, acc_t<T>* dots) {
   constexpr int kStep = kLanes<acc_t<T>>;
   const auto run = [&](auto vectors, auto partial, int64_t d) {
-    GradValue<acc_t<T>> target = grad_value;
-    if (kScatter) target.rows += d;
     backward_channels<T, decltype(vectors)::value, decltype(partial)::value, kDots, kScatter>(
-        samples, value + d, key_stride, grad_output + d, int(head_dim - d), target, dots, d == 0);
+        samples, value + d, grad_output + d, int(head_dim - d), grad_value + (kScatter ? d : 0),
+        dots, d == 0);
   };
   constexpr std::bool_constant<false> whole;
   constexpr std::bool_constant<true> partial;
@@ -134,8 +109,12 @@ class Backward {
         dots_(4 * samples_.padded()),
         points_(2 * samples_.padded()),
         weights_(samples_.padded()),
-        delta_(problem.is_fused() ? 2 * problem.head_dim : 0) {
+        delta_(problem.is_fused() ? 2 * problem.head_dim : 0),
+        zeros_(problem.head_dim),
+        rubbish_(problem.head_dim) {
     std::memset(dots_.get(), 0, 4 * samples_.padded() * sizeof(Real));
+    std::memset(zeros_.get(), 0, problem.head_dim * sizeof(T));
+    std::memset(rubbish_.get(), 0, problem.head_dim * sizeof(Real));
   }
 
   void run(int64_t b, int64_t first_head, int64_t last_head) {
@@ -145,7 +124,10 @@ class Backward {
       const int64_t M = problem_.num_heads, D = problem_.head_dim;
       Real* const base =
           static_cast<Real*>(outputs_.grad_value.data) + b * problem_.num_keys * M * D;
-      walk(b, first_head, last_head, [&](int64_t m) { return GradValue<Real>{base + m * D, 0, M * D}; });
+      walk(b, first_head, last_head, [&](int64_t m) {
+        Real* const head = base + m * D;
+        return GradValue<Real>{head, {M * D, 0, distance(head, rubbish_.get())}};
+      });
     } else {
       for (int64_t m = first_head; m < last_head; ++m) run_in_scratch(b, m);
     }
@@ -174,7 +156,10 @@ class Backward {
     const int64_t num_keys = last.start + last.height * last.width - first.start;
     Buffer<Real> scratch(num_keys * D);
     std::memset(scratch.get(), 0, num_keys * D * sizeof(Real));
-    walk(b, m, m + 1, [&](int64_t) { return GradValue<Real>{scratch.get(), first.start, D}; });
+    walk(b, m, m + 1, [&](int64_t) {
+      const int64_t nowhere = distance(scratch.get(), rubbish_.get());
+      return GradValue<Real>{scratch.get(), {D, first.start, nowhere}};
+    });
     T* const grad_value = static_cast<T*>(outputs_.grad_value.data) +
                           ((b * problem_.num_keys + first.start) * M + m) * D;
     for (int64_t key = 0; key < num_keys; ++key) {
@@ -184,24 +169,27 @@ class Backward {
 
   void query(int64_t b, int64_t q, int64_t m, int64_t slot, const GradValue<Real>& grad_value) {
     const int64_t M = problem_.num_heads, D = problem_.head_dim;
-    samples_.prepare(b, q, m, slot);
     const int64_t head = (b * problem_.num_queries + q) * M + m;
     const T* const value =
         static_cast<const T*>(problem_.value.data) + (b * problem_.num_keys * M + m) * D;
     const T* const grad_output = static_cast<const T*>(inputs_.grad_output.data) + head * D;
+    samples_.prepare(b, q, m, slot, {M * D, 0, distance(value, zeros_.get())},
+                     grad_value.base ? &grad_value.rows : nullptr);
     const bool wants_dots = outputs_.grad_points.data || outputs_.grad_weights.data;
+    const auto run = [&](auto with_dots, auto with_scatter) {
+      backward_all_channels<T, decltype(with_dots)::value, decltype(with_scatter)::value>(
+          samples_, value, grad_output, D, grad_value.base, dots_.get());
+    };
+    constexpr std::bool_constant<false> no;
+    constexpr std::bool_constant<true> yes;
     if (!wants_dots) {
-      backward_sample_set<T, false, true>(samples_, value, M * D, grad_output, D, grad_value,
-                                          dots_.get());
-    } else if (grad_value.rows == nullptr) {
-      backward_sample_set<T, true, false>(samples_, value, M * D, grad_output, D, grad_value,
-                                          dots_.get());
-      write_sample_gradients(head, slot);
+      run(no, yes);
+    } else if (grad_value.base == nullptr) {
+      run(yes, no);
     } else {
-      backward_sample_set<T, true, true>(samples_, value, M * D, grad_output, D, grad_value,
-                                         dots_.get());
-      write_sample_gradients(head, slot);
+      run(yes, yes);
     }
+    if (wants_dots) write_sample_gradients(head, slot);
   }
 
   // The gradients of points and weights, each of which belongs to one sample alone.
@@ -214,6 +202,11 @@ class Backward {
     for (int64_t i = 0; i < samples_.padded(); i += kLanes<Real>) {
       Corners<Vec<Real>> dot;
       load_quads(dots_.get() + 4 * i, dot.nw, dot.ne, dot.sw, dot.se);
+      const IntVec<Real> corners = load_as<IntVec<Real>>(samples_.corners() + i);
+      dot.nw = (corners & (1 << kNw)) != 0 ? dot.nw : Vec<Real>{};
+      dot.ne = (corners & (1 << kNe)) != 0 ? dot.ne : Vec<Real>{};
+      dot.sw = (corners & (1 << kSw)) != 0 ? dot.sw : Vec<Real>{};
+      dot.se = (corners & (1 << kSe)) != 0 ? dot.se : Vec<Real>{};
       const SampleGradient<Vec<Real>> gradient =
           sample_gradient(dot, load(samples_.fx() + i), load(samples_.fy() + i));
       const Vec<Real> attention = load(samples_.attention() + i);
@@ -258,6 +251,8 @@ class Backward {
   const int64_t first_level_, last_level_;
   Samples<Real> samples_;
   Buffer<Real> dots_, points_, weights_, delta_;
+  Buffer<T> zeros_;
+  Buffer<Real> rubbish_;
 };
 
 template <class T>

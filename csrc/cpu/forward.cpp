@@ -10,46 +10,29 @@ namespace {
 // Queries whose heads are walked together. The rows of one head lie M * D elements apart, which maps
 // them to a fraction of the L1 sets; neighbouring queries share pixels. A tile of queries, head by
 // head, balances the two.
-constexpr int64_t kQueryTile = 16;
+constexpr int64_t kQueryTile = 8;
 
 // Sums the samples of one query and head over kVectors vectors of channels, or over the first
 // `channels` lanes of one vector where kPartial.
-//   value: value[b, 0, m, d:], key_stride elements from one key to the next
-//   output: output[b, q, m * D + d:]
+//   value: value[b, 0, m, d:]   output: output[b, q, m * D + d:]
 template <class T, int kVectors, bool kPartial>
-void gather(const Samples<acc_t<T>>& samples, const T* value, int64_t key_stride, int channels,
-            T* output) {
+void gather(const Samples<acc_t<T>>& samples, const T* value, int channels, T* output) {
   using Real = acc_t<T>;
   constexpr int kStep = kLanes<Real>;
   // Enough independent sums to hide the latency of a multiply-add.
   constexpr int kChains = kVectors >= 4 ? 1 : kVectors == 2 ? 2 : 4;
   Vec<Real> sum[kChains][kVectors] = {};
 
-  const auto add_corner = [&](const T* pixel, Real weight, Vec<Real>* into) {
-    for (int k = 0; k < kVectors; ++k) {
-      const Vec<Real> v = kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep);
-      into[k] += v * weight;
-    }
-  };
-
   const int64_t count = samples.count(), padded = samples.padded();
-  const int64_t* const row = samples.row();
-  const auto* const corners = samples.corners();
-  const auto* const map_width = samples.map_width();
+  const int64_t* const offset = samples.value_offset();
   const Real* const weight = samples.corner_weight();
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t north = row[i] * key_stride;
-    const int64_t south = north + map_width[i] * key_stride;
-    if (corners[i] == 15) {
-      add_corner(value + north, weight[kNw * padded + i], sum[0]);
-      add_corner(value + north + key_stride, weight[kNe * padded + i], sum[1 % kChains]);
-      add_corner(value + south, weight[kSw * padded + i], sum[2 % kChains]);
-      add_corner(value + south + key_stride, weight[kSe * padded + i], sum[3 % kChains]);
-    } else {  // at the edge of the map: a corner outside is not read
-      for (int c = 0; c < kNumCorners; ++c) {
-        if ((corners[i] >> c & 1) == 0) continue;
-        add_corner(value + (c / 2 == 0 ? north : south) + c % 2 * key_stride,
-                   weight[c * padded + i], sum[0]);
+    for (int c = 0; c < kNumCorners; ++c) {
+      const T* const pixel = value + offset[c * padded + i];
+      const Vec<Real> w = broadcast(weight[c * padded + i]);
+      for (int k = 0; k < kVectors; ++k) {
+        const Vec<Real> v = kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep);
+        sum[c % kChains][k] += v * w;
       }
     }
   }
@@ -72,6 +55,8 @@ void forward_rows(const Problem& problem, const ForwardOutputs& outputs, int64_t
   const int64_t D = problem.head_dim, Q = problem.num_queries;
   const int64_t key_stride = problem.num_heads * D;
   Samples<acc_t<T>> samples(problem, 0, problem.num_levels, kQueryTile);
+  Buffer<T> zeros(D);
+  std::memset(zeros.get(), 0, D * sizeof(T));
 
   for (int64_t tile = first; tile < last;) {
     const int64_t b = tile / Q;
@@ -83,23 +68,24 @@ void forward_rows(const Problem& problem, const ForwardOutputs& outputs, int64_t
       // value[b, 0, m, :]
       const T* const value =
           static_cast<const T*>(problem.value.data) + b * problem.num_keys * key_stride + m * D;
+      const Rows rows{key_stride, 0, distance(value, zeros.get())};
       for (int64_t row = tile; row < end; ++row) {
-        samples.prepare(b, row - b * Q, m, row - tile);
+        samples.prepare(b, row - b * Q, m, row - tile, rows);
         T* const output = static_cast<T*>(outputs.output.data) + row * key_stride + m * D;
         int64_t d = 0;
         for (; d + 8 * kStep <= D; d += 8 * kStep) {
-          gather<T, 8, false>(samples, value + d, key_stride, 0, output + d);
+          gather<T, 8, false>(samples, value + d, 0, output + d);
         }
         for (; d + 4 * kStep <= D; d += 4 * kStep) {
-          gather<T, 4, false>(samples, value + d, key_stride, 0, output + d);
+          gather<T, 4, false>(samples, value + d, 0, output + d);
         }
         for (; d + 2 * kStep <= D; d += 2 * kStep) {
-          gather<T, 2, false>(samples, value + d, key_stride, 0, output + d);
+          gather<T, 2, false>(samples, value + d, 0, output + d);
         }
         for (; d + kStep <= D; d += kStep) {
-          gather<T, 1, false>(samples, value + d, key_stride, 0, output + d);
+          gather<T, 1, false>(samples, value + d, 0, output + d);
         }
-        if (d < D) gather<T, 1, true>(samples, value + d, key_stride, int(D - d), output + d);
+        if (d < D) gather<T, 1, true>(samples, value + d, int(D - d), output + d);
       }
     }
     tile = end;

@@ -61,9 +61,7 @@ inline auto dispatch_dtype(DType dtype, const F& f) {
 // Copies count elements, converting between element types on the way.
 template <class To, class From>
 inline void convert(const From* from, To* to, int64_t count) {
-  if constexpr (std::is_same_v<To, From>) {
-    std::memcpy(to, from, count * sizeof(To));
-  } else if constexpr (std::is_same_v<acc_t<To>, acc_t<From>>) {
+  if constexpr (std::is_same_v<acc_t<To>, acc_t<From>>) {
     constexpr int lanes = kLanes<acc_t<To>>;
     int64_t i = 0;
     for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
@@ -87,6 +85,15 @@ inline void read(const ConstArray& array, int64_t offset, int64_t count, Real* t
   });
 }
 
+// Like read(), but without a copy where the array already holds Real.
+template <class Real>
+inline const Real* view(const ConstArray& array, int64_t offset, int64_t count, Real* buffer) {
+  constexpr DType own = std::is_same_v<Real, double> ? DType::kFloat64 : DType::kFloat32;
+  if (array.dtype == own) return static_cast<const Real*>(array.data) + offset;
+  read(array, offset, count, buffer);
+  return buffer;
+}
+
 template <class Real>
 inline void write(const Array& array, int64_t offset, int64_t count, const Real* from) {
   dispatch_dtype(array.dtype, [&](auto* type) {
@@ -104,6 +111,23 @@ struct PixelTransform {
   Real* origin_x;
   Real* origin_y;
 };
+
+// Where the pixels of one head lie in memory, in elements from a base pointer: key k at
+// (k - first_key) * key_stride. Corners that are not to be read or written go to `nowhere`, a row of
+// zeros to read or a row of rubbish to add to. That keeps the loops over samples free of branches,
+// which one sample in five of an encoder would mispredict, and keeps an Inf in a pixel that is not a
+// corner from leaking through a zero weight.
+struct Rows {
+  int64_t key_stride;
+  int64_t first_key;
+  int64_t nowhere;
+};
+
+// The distance from one pointer to another, in elements.
+template <class T>
+inline int64_t distance(const T* from, const T* to) {
+  return (reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from)) / intptr_t(sizeof(T));
+}
 
 template <class Real>
 class Samples {
@@ -126,8 +150,10 @@ class Samples {
         reference_(problem.reference_levels * problem.reference_size),
         given_points_(2 * padded_),
         given_weights_(padded_all_),
-        row_(padded_),
+        key_(padded_),
         corners_(padded_),
+        value_offset_(kNumCorners * padded_),
+        grad_offset_(kNumCorners * padded_),
         fx_(padded_),
         fy_(padded_),
         attention_(padded_),
@@ -150,19 +176,21 @@ class Samples {
   // Constants of each sample's level.
   const Real* width() const { return width_.get(); }
   const Real* height() const { return height_.get(); }
-  const index_t<Real>* map_width() const { return map_width_.get(); }
 
-  // What prepare() computed for each sample: the row of the north-west pixel in (S) (which may lie
-  // outside the map), the corners that are read (bit c for corner c), the fractions, the attention
-  // weight (0 where the sample does not count), the same weight as given or softmaxed (whether it
-  // counts or not) and, for corner c at [c * padded + i], attention times corner weight.
-  const int64_t* row() const { return row_.get(); }
+  // What prepare() computed for each sample: the corners that are read (bit c for corner c), the
+  // fractions, the attention weight (0 where the sample does not count) and the same weight as given
+  // or softmaxed (whether it counts or not).
   const index_t<Real>* corners() const { return corners_.get(); }
   const Real* fx() const { return fx_.get(); }
   const Real* fy() const { return fy_.get(); }
   const Real* attention() const { return attention_.get(); }
-  const Real* weights() const { return given_weights_.get(); }
+  const Real* weights() const { return weights_; }
+
+  // For corner c of sample i, at [c * padded + i]: attention times corner weight, and the offsets of
+  // the pixel in value and in grad_value.
   const Real* corner_weight() const { return corner_weight_.get(); }
+  const int64_t* value_offset() const { return value_offset_.get(); }
+  const int64_t* grad_offset() const { return grad_offset_.get(); }
 
   // The transform of query q, where q counts from the first query given to set_queries().
   PixelTransform<Real> transform(int64_t q) const {
@@ -203,15 +231,19 @@ class Samples {
   }
 
   // Prepares the samples of head m of query q of image b; slot is q's place in set_queries().
-  void prepare(int64_t b, int64_t q, int64_t m, int64_t slot) {
+  void prepare(int64_t b, int64_t q, int64_t m, int64_t slot, const Rows& value_rows,
+               const Rows* grad_rows = nullptr) {
     const int64_t head = (b * problem_.num_queries + q) * problem_.num_heads + m;
     const int64_t first_sample = head * problem_.num_samples;
-    read(problem_.points, 2 * (first_sample + begin_), 2 * count_, given_points_.get());
+    points_ = given(problem_.points, 2 * (first_sample + begin_), 2 * count_, 2 * padded_,
+                    given_points_.get());
     if (problem_.is_fused()) {
       read(problem_.weights, first_sample, problem_.num_samples, given_weights_.get());
       softmax();
+      weights_ = given_weights_.get();
     } else {
-      read(problem_.weights, first_sample + begin_, count_, given_weights_.get());
+      weights_ = given(problem_.weights, first_sample + begin_, count_, padded_,
+                       given_weights_.get());
     }
     const PixelTransform<Real> to_pixels = transform(slot);
     for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
@@ -222,6 +254,8 @@ class Samples {
       }
     }
     if (problem_.padding_mask != nullptr) drop_padding(b);
+    set_offsets(value_rows, value_offset_.get());
+    if (grad_rows != nullptr) set_offsets(*grad_rows, grad_offset_.get());
   }
 
  private:
@@ -231,10 +265,18 @@ class Samples {
     return count;
   }
 
+  // Elements offset..offset+count-1, readable up to padded: in place where there is no padding.
+  static const Real* given(const ConstArray& array, int64_t offset, int64_t count, int64_t padded,
+                           Real* buffer) {
+    if (count == padded) return view(array, offset, count, buffer);
+    read(array, offset, count, buffer);
+    return buffer;
+  }
+
   void set_level(int64_t i, const Level& level) {
     width_[i] = Real(level.width);
     height_[i] = Real(level.height);
-    map_width_[i] = index_t<Real>(level.width);
+    map_width_[i] = level.width;
     level_start_[i] = level.start;
   }
 
@@ -273,7 +315,7 @@ class Samples {
 
   void prepare_bilinear(int64_t i, const PixelTransform<Real>& to_pixels) {
     Vec<Real> x, y;
-    load_pairs(given_points_.get() + 2 * i, x, y);
+    load_pairs(points_ + 2 * i, x, y);
     x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
     y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
 
@@ -281,7 +323,7 @@ class Samples {
     const IntVec<Real> counts = sample_counts(x, y, width, height);
     x = counts ? x : Vec<Real>{};
     y = counts ? y : Vec<Real>{};
-    const Vec<Real> attention = counts ? load(given_weights_.get() + i) : Vec<Real>{};
+    const Vec<Real> attention = counts ? load(weights_ + i) : Vec<Real>{};
 
     // Floor: truncate, then step down where that rounded up (a mask is -1 where true).
     IntVec<Real> x0 = __builtin_convertvector(x, IntVec<Real>);
@@ -305,14 +347,14 @@ class Samples {
     store(fy_.get() + i, fy);
     store(attention_.get() + i, attention);
     store_as(corners_.get() + i, corners);
-    store_rows(i, x0, y0);
+    store_keys(i, x0, y0);
   }
 
   // One pixel per sample, which takes the place of the north-west corner. A location beyond the map
   // reads the pixel at its edge; one that is not finite does not count.
   void prepare_nearest(int64_t i, const PixelTransform<Real>& to_pixels) {
     Vec<Real> x, y;
-    load_pairs(given_points_.get() + 2 * i, x, y);
+    load_pairs(points_ + 2 * i, x, y);
     x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
     y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
     const IntVec<Real> counts = (x - x == 0) & (y - y == 0);
@@ -322,20 +364,47 @@ class Samples {
     y = (y > 0) & counts ? y : Vec<Real>{};
     x = x < last_x ? x : last_x;
     y = y < last_y ? y : last_y;
-    const Vec<Real> attention = counts ? load(given_weights_.get() + i) : Vec<Real>{};
+    const Vec<Real> attention = counts ? load(weights_ + i) : Vec<Real>{};
     store(corner_weight_.get() + kNw * padded_ + i, attention);
     for (int c = kNe; c <= kSe; ++c) store(corner_weight_.get() + c * padded_ + i, Vec<Real>{});
     store(fx_.get() + i, Vec<Real>{});
     store(fy_.get() + i, Vec<Real>{});
     store(attention_.get() + i, attention);
     store_as(corners_.get() + i, counts & 1);
-    store_rows(i, __builtin_convertvector(x, IntVec<Real>), __builtin_convertvector(y, IntVec<Real>));
+    store_keys(i, __builtin_convertvector(x, IntVec<Real>), __builtin_convertvector(y, IntVec<Real>));
   }
 
-  // 64-bit rows: a map may have more than 2^31 pixels.
-  void store_rows(int64_t i, IntVec<Real> x0, IntVec<Real> y0) {
-    for (int j = 0; j < kLanes<Real>; ++j) {
-      row_[i + j] = level_start_[i + j] + int64_t(y0[j]) * map_width_[i + j] + x0[j];
+  // The key of the north-west pixel, which may lie outside the map. 64 bits: a map may have more
+  // than 2^31 pixels.
+  void store_keys(int64_t i, IntVec<Real> x0, IntVec<Real> y0) {
+    for (int part = 0; part < kLanes<Real>; part += kLanes<int64_t>) {
+      const Vec<int64_t> key = load_as<Vec<int64_t>>(level_start_.get() + i + part) +
+                               widen(y0, part) * load_as<Vec<int64_t>>(map_width_.get() + i + part) +
+                               widen(x0, part);
+      store_as(key_.get() + i + part, key);
+    }
+  }
+
+  void set_offsets(const Rows& rows, int64_t* offsets) {
+    for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
+      const IntVec<Real> all_corners = load_as<IntVec<Real>>(corners_.get() + i);
+      for (int part = 0; part < kLanes<Real>; part += kLanes<int64_t>) {
+        const int64_t j = i + part;
+        const Vec<int64_t> corners = widen(all_corners, part);
+        const Vec<int64_t> nowhere = broadcast(rows.nowhere);
+        const Vec<int64_t> map_width = load_as<Vec<int64_t>>(map_width_.get() + j);
+        const Vec<int64_t> north =
+            (load_as<Vec<int64_t>>(key_.get() + j) - rows.first_key) * rows.key_stride;
+        const Vec<int64_t> south = north + map_width * rows.key_stride;
+        const auto put = [&](int corner, Vec<int64_t> offset) {
+          store_as(offsets + corner * padded_ + j,
+                   (corners & (1 << corner)) != 0 ? offset : nowhere);
+        };
+        put(kNw, north);
+        put(kNe, north + rows.key_stride);
+        put(kSw, south);
+        put(kSe, south + rows.key_stride);
+      }
     }
   }
 
@@ -345,7 +414,7 @@ class Samples {
     for (int64_t i = 0; i < count_; ++i) {
       for (int c = 0; c < kNumCorners; ++c) {
         if ((corners_[i] >> c & 1) == 0) continue;
-        if (mask[row_[i] + c % 2 + c / 2 * map_width_[i]]) corners_[i] &= ~(index_t<Real>(1) << c);
+        if (mask[key_[i] + c % 2 + c / 2 * map_width_[i]]) corners_[i] &= ~(index_t<Real>(1) << c);
       }
     }
   }
@@ -354,12 +423,14 @@ class Samples {
   const int64_t first_level_, last_level_;
   const int64_t begin_, count_, padded_, padded_all_;
   Buffer<Real> width_, height_;
-  Buffer<index_t<Real>> map_width_;
-  Buffer<int64_t> level_start_;
+  Buffer<int64_t> map_width_, level_start_;
   Buffer<Real> transform_, reference_, given_points_, given_weights_;
-  Buffer<int64_t> row_;
+  Buffer<int64_t> key_;
   Buffer<index_t<Real>> corners_;
+  Buffer<int64_t> value_offset_, grad_offset_;
   Buffer<Real> fx_, fy_, attention_, corner_weight_;
+  const Real* points_ = nullptr;   // of the current query and head: (padded, 2)
+  const Real* weights_ = nullptr;  // likewise: (padded)
 };
 
 }  // namespace MSDA_CPU_CAPABILITY

@@ -85,6 +85,16 @@ inline Vec<Real> broadcast(Real x) {
   return x - Vec<Real>{};
 }
 
+// Lanes first..first + kLanes<int64_t> - 1 of a vector of integers, as 64-bit integers.
+inline Vec<int64_t> widen(IntVec<double> v, int) { return v; }
+
+inline Vec<int64_t> widen(IntVec<float> v, int first) {
+  typedef VecN<int32_t, kLanes<int64_t>> Half;
+  int32_t lanes[kLanes<float>];
+  store_as(lanes, v);
+  return __builtin_convertvector(load_as<Half>(lanes + first), Vec<int64_t>);
+}
+
 // ---- loads: kLanes elements as acc_t ------------------------------------------------------------
 
 inline Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }

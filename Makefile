@@ -1,0 +1,67 @@
+# The commands of the README. Each works alone, from a fresh clone.
+#
+#   make demo        build, then run the main example on a real photograph
+#   make test        build, then run the whole test suite
+#   make bench       build, then measure against the grid_sample reference
+#   make lint        check format, style and types
+#   make abi         install the wheel under other versions of torch and try it there (downloads gigabytes)
+#   make clean       remove what the others made
+#
+# They install pinned requirements into a virtual environment. To use an existing Python instead, one
+# that has torch, setuptools, CMake and Ninja: make test PYTHON=/path/to/python VENV=
+
+PYTHON ?= python3
+VENV ?= .venv
+ABI_TORCH ?= torch==2.10.0 torch
+
+ifeq ($(VENV),)
+  RUN := $(PYTHON)
+  REQUIREMENTS :=
+else
+  RUN := $(abspath $(VENV))/bin/python
+  REQUIREMENTS := $(VENV)/requirements.stamp
+  export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+
+NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+# What must hold for every instruction set, not only the best one of this machine.
+KERNEL_TESTS := tests/test_forward.py tests/test_backward.py tests/test_module.py
+OTHER_CAPABILITIES := import msda; i = msda.info(); \
+  print(*(set(i['cpu_capabilities_supported']) - {i['cpu_capability']}))
+export MSDA_BUILD_DIR := build/cmake
+
+.PHONY: demo test bench lint abi clean
+.DELETE_ON_ERROR:
+
+demo: build/installed.stamp
+	$(RUN) examples/quickstart.py
+
+test: build/installed.stamp
+	$(RUN) -m pytest tests
+	set -e; for capability in $$($(RUN) -c "$(OTHER_CAPABILITIES)"); do \
+	  MSDA_CPU_CAPABILITY=$$capability $(RUN) -m pytest -q $(KERNEL_TESTS); done
+
+bench: build/installed.stamp
+	$(RUN) benchmarks/bench_operator.py
+
+lint: $(REQUIREMENTS)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	clang-format --dry-run --Werror $(FORMATTED)
+	$(RUN) -m mypy
+
+abi: $(REQUIREMENTS)
+	$(RUN) tests/abi.py $(ABI_TORCH)
+
+clean:
+	rm -rf build dist out msda.egg-info msda/libmsda.* $(VENV)
+
+build/installed.stamp: $(REQUIREMENTS) $(NATIVE)
+	$(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+	mkdir -p build && touch $@
+
+$(VENV)/requirements.stamp: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@
