@@ -1,11 +1,11 @@
-"""Build msda: run CMake with Ninja and pack the result. CMakeLists.txt describes the build itself.
+"""Build msda: run CMake with Ninja and pack the result. CMakeLists.txt describes the build.
 
-This file is also the build backend named in pyproject.toml (PEP 517): setuptools' own, which adds what
-the machine lacks to the build requirements. A torch that is already installed in the target environment
-is built against in place, so that ``pip install .`` does not download it again.
+This file is also the build backend named in pyproject.toml (PEP 517): setuptools' own, with what
+the machine lacks added to the build requirements. A torch that is already installed in the target
+environment is built against in place, so that ``pip install .`` does not download it again.
 
-Environment variables: MSDA_CUDA, MSDA_TORCH_ROOT and TORCH_CUDA_ARCH_LIST are CMake's; MSDA_BUILD_DIR
-keeps CMake's build folder for incremental builds.
+Environment variables: MSDA_CUDA, MSDA_TORCH_ROOT and TORCH_CUDA_ARCH_LIST are CMake's;
+MSDA_BUILD_DIR keeps CMake's build folder for incremental builds.
 """
 
 import importlib.util
@@ -64,7 +64,9 @@ def torch_version(folder):
         pattern, text = r"#define TORCH_VERSION_(?:MAJOR|MINOR) (\d+)", header.read_text()
         return tuple(int(number) for number in re.findall(pattern, text)[:2])
     version = folder / "version.py"
-    match = re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text()) if version.exists() else None
+    match = (
+        re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text()) if version.exists() else None
+    )
     return tuple(int(number) for number in match.groups()) if match else (0, 0)
 
 
@@ -78,7 +80,9 @@ def require_tools():
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             stop(f"{tool} is needed to build, and none was found: pip install {tool}")
-    compilers = [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    compilers = (
+        [os.environ["CXX"].split()[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    )
     if not any(shutil.which(compiler) for compiler in compilers):
         stop(
             "a C++17 compiler is needed to build, and none was found "
@@ -115,7 +119,10 @@ class BuildWithCMake(build_ext):
         )
         for step in steps:
             if subprocess.run(["cmake", *step]).returncode != 0:
-                stop(f"the build failed in `cmake {step[0]}`: CMake's or the compiler's message is above")
+                stop(
+                    f"the build failed in `cmake {step[0]}`; the message of CMake or of the "
+                    "compiler is above"
+                )
 
 
 class WheelForEveryPython(bdist_wheel):

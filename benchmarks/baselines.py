@@ -16,7 +16,7 @@ def grid_sample_core(inputs: Inputs) -> Tensor:
     everything in the dtype of its inputs. (B, Q, M * D).
     """
     value, weights = inputs.value, inputs.attention_weights
-    batch, num_keys, num_heads, head_dim = value.shape
+    batch, _, num_heads, head_dim = value.shape
     num_queries = weights.shape[1]
     grids = 2 * inputs.sampling_locations.to(value.dtype) - 1  # (B, Q, M, L, P, 2)
     maps = value.split([height * width for height, width in inputs.spatial_shapes], dim=1)

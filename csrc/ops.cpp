@@ -89,8 +89,8 @@ Array mutable_array(const Tensor& tensor) {
 // The elements of an integer tensor on the CPU.
 Sizes read_integers(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
-  check(type == ScalarType::Long || type == ScalarType::Int, name,
-        " must be int64 or int32, got ", torch::headeronly::toString(type));
+  check(type == ScalarType::Long || type == ScalarType::Int, name, " must be int64 or int32, got ",
+        torch::headeronly::toString(type));
   const Tensor dense = torch::stable::contiguous(tensor);
   Sizes numbers(dense.numel());
   for (size_t i = 0; i < numbers.size(); ++i) {
@@ -103,7 +103,7 @@ Sizes read_integers(const Tensor& tensor, const char* name) {
 // What every form of the operator takes.
 struct Pyramid {
   const Tensor& value;
-  const Sizes& spatial_shapes;                         // H0, W0, H1, ...; empty if given as a tensor
+  const Sizes& spatial_shapes;  // H0, W0, H1, ...; empty if given as a tensor
   const std::optional<Tensor>& spatial_shapes_tensor;  // (L, 2)
   const std::optional<Tensor>& level_start_index;      // (L)
   const Sizes& num_points;                             // (L); empty if the same for all levels
@@ -221,16 +221,15 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
                 const std::optional<Tensor>& padding_mask) {
   Call call;
   read_pyramid(pyramid, call);
-  read_samples(pyramid, sampling_offsets, "sampling_offsets", attention_logits,
-               "attention_logits", call);
+  read_samples(pyramid, sampling_offsets, "sampling_offsets", attention_logits, "attention_logits",
+               call);
   Problem& problem = call.problem;
 
   check_device(reference_points, "reference_points", pyramid.value);
   const Sizes shape = sizes_of(reference_points);
-  const bool valid = shape.size() == 4 && shape[0] == problem.batch &&
-                     shape[1] == problem.num_queries &&
-                     (shape[2] == problem.num_levels || shape[2] == 1) &&
-                     (shape[3] == 2 || shape[3] == 4);
+  const bool valid =
+      shape.size() == 4 && shape[0] == problem.batch && shape[1] == problem.num_queries &&
+      (shape[2] == problem.num_levels || shape[2] == 1) && (shape[3] == 2 || shape[3] == 4);
   check(valid, "reference_points must have shape (B, Q, L or 1, 2 or 4) = (", problem.batch, ", ",
         problem.num_queries, ", ", problem.num_levels, " or 1, 2 or 4), got ", to_string(shape));
   problem.reference = const_array(call.keep(reference_points), "reference_points");
@@ -320,9 +319,8 @@ void backward_cpu(const Call& call, const Tensor& grad_output, const Tensor* out
 
 Tensor ms_deform_attn_cpu(const Tensor& value, Sizes spatial_shapes,
                           std::optional<Tensor> spatial_shapes_tensor,
-                          std::optional<Tensor> level_start_index,
-                          const Tensor& sampling_locations, const Tensor& attention_weights,
-                          Sizes num_points, bool nearest) {
+                          std::optional<Tensor> level_start_index, const Tensor& sampling_locations,
+                          const Tensor& attention_weights, Sizes num_points, bool nearest) {
   const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
                         num_points};
   return forward_cpu(plain_call(pyramid, sampling_locations, attention_weights, nearest), value);
@@ -383,9 +381,9 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cpu(
 std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward_cpu(
     const Tensor& grad_output, const Tensor& output, const Tensor& value, Sizes spatial_shapes,
     std::optional<Tensor> spatial_shapes_tensor, std::optional<Tensor> level_start_index,
-    const Tensor& reference_points, const Tensor& sampling_offsets,
-    const Tensor& attention_logits, Sizes num_points, std::optional<Tensor> padding_mask,
-    bool needs_value, bool needs_reference, bool needs_offsets, bool needs_logits) {
+    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
+    Sizes num_points, std::optional<Tensor> padding_mask, bool needs_value, bool needs_reference,
+    bool needs_offsets, bool needs_logits) {
   const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
                         num_points};
   const Call call =

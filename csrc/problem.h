@@ -40,13 +40,13 @@ struct Problem {
   bool nearest;
 
   // inputs
-  ConstArray value;               // (B, S, M, D)
-  ConstArray points;              // (B, Q, M, K, 2): sampling locations; fused: sampling offsets
-  ConstArray weights;             // (B, Q, M, K): attention weights; fused: attention logits
-  ConstArray reference;           // fused only: (B, Q, reference_levels, reference_size)
-  int64_t reference_levels;       // L, or 1 where one reference serves all levels
-  int64_t reference_size;         // 2: (x, y); 4: (centre x, centre y, width, height)
-  const bool* padding_mask;       // (B, S), true = padding; may be null
+  ConstArray value;          // (B, S, M, D)
+  ConstArray points;         // (B, Q, M, K, 2): sampling locations; fused: sampling offsets
+  ConstArray weights;        // (B, Q, M, K): attention weights; fused: attention logits
+  ConstArray reference;      // fused only: (B, Q, reference_levels, reference_size)
+  int64_t reference_levels;  // L, or 1 where one reference serves all levels
+  int64_t reference_size;    // 2: (x, y); 4: (centre x, centre y, width, height)
+  const bool* padding_mask;  // (B, S), true = padding; may be null
 
   bool is_fused() const { return reference.data != nullptr; }
 };

@@ -1,4 +1,4 @@
-"""One Deformable DETR encoder layer on a photograph: train it, check it, time it, see where it looks.
+"""Train one Deformable DETR encoder layer on a photograph, time it, and draw where it looks.
 
 The layer learns to paint hidden blocks of the photo from what surrounds them. Then it is compared
 with plain PyTorch and timed at the paper's scale, and its sampling points are drawn over the photo,
@@ -10,10 +10,9 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import statistics
 import sys
 import time
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -30,28 +29,28 @@ from msda.testing import pixel_centres, relative_error
 
 matplotlib.use("Agg")
 
-CHANNELS, HEADS, POINTS = 256, 8, 4
-STRIDES = (8, 16, 32, 64)
+CHANNELS, HEADS, POINTS, STRIDES = 256, 8, 4, (8, 16, 32, 64)
 SAMPLES = (HEADS, len(STRIDES), POINTS)
-CELL = STRIDES[0]  # pixels: one query of the finest level
 TRAIN_SHORT_SIDE = 320  # pixels: training sees a small copy of the photo
-BLOCK = 6  # cells: side of a hidden block
-HIDDEN = 0.2  # share of the photo hidden in a training step
+CELL = STRIDES[0]  # pixels: side of what one query of the finest level stands for
+BLOCK, HIDDEN = 6, 0.2  # side of a hidden block in cells; share of the photo hidden in a step
+ROUNDS = 5  # timings; the median is printed
 
 QUERIES = ((0.33, 0.22), (0.33, 0.63), (0.62, 0.45), (0.9, 0.6))  # (x, y): roof, wall, lake, tree
 COLOURS = np.array(["#ffd400", "#ff7f2a", "#e8388a", "#5b2be0"])  # of levels: light to dark
 POINT_AREA = 500  # in square points, of a sample with weight 1
 
-# Allowed relative error of output and of gradients. In float64, rounding is all there is. In float32
-# gradients differ more: ReLU and bilinear interpolation have kinks, and a number that rounding puts
-# on the other side of one has another gradient.
-TOLERANCES = {torch.float64: (1e-10, 1e-10), torch.float32: (1e-5, 1e-2)}
+# Allowed relative error of output and of gradients. float32 gradients differ by more than rounding:
+# ReLU and bilinear interpolation have kinks, and a number that rounding puts on the other side of
+# one has another gradient. In float64 that is too rare to matter.
+TOLERANCES = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-2)}
 
 
 class ReferenceAttention(msda.MSDeformAttn):
     """The same module and parameters, with its core in plain PyTorch."""
 
     def forward(self, query, reference_points, input_flatten, input_spatial_shapes):
+        """See :class:`msda.MSDeformAttn`."""
         output = ms_deform_attn_fused_reference(
             self.value_proj(input_flatten).unflatten(-1, (HEADS, -1)),  # (B, S, M, D)
             input_spatial_shapes,
@@ -88,7 +87,7 @@ class Model(nn.Module):
         widths = [4, 32, 64] + [CHANNELS] * len(STRIDES)  # 4: red, green, blue, hidden or not
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.GroupNorm(8, o), nn.ReLU())
-            for i, o in zip(widths[:-1], widths[1:], strict=True)
+            for i, o in pairwise(widths)
         )
         self.level_embedding = nn.Parameter(torch.randn(len(STRIDES), CHANNELS))
         self.layer = EncoderLayer()
@@ -106,8 +105,8 @@ class Model(nn.Module):
         shapes = [(level.shape[2], level.shape[3]) for level in maps]
         features = torch.cat([level.flatten(2).mT for level in maps], 1)  # (1, S, C)
         centres = pixel_centres(shapes)  # (S, 2)
-        levels = torch.tensor([l for l, (h, w) in enumerate(shapes) for _ in range(h * w)])
-        position = sine_embedding(centres) + self.level_embedding[levels]  # (S, C)
+        level_sizes = torch.tensor([height * width for height, width in shapes])
+        position = sine_embedding(centres) + self.level_embedding.repeat_interleave(level_sizes, 0)
         return features, position[None], centres[None, :, None], shapes  # levels share references
 
     def forward(self, image: Tensor, cells: Tensor | slice) -> Tensor:
@@ -123,12 +122,12 @@ def sine_embedding(centres: Tensor) -> Tensor:
 
 
 def load_photo(path: Path | None) -> Image.Image:
-    """The photo to work on: a file, or one that comes with scikit-learn."""
+    """Read a photo: a file, or one that comes with scikit-learn."""
     if path is None:
         try:
             from sklearn.datasets import load_sample_image
         except ImportError:
-            sys.exit("The default photo comes with scikit-learn: pip install scikit-learn pillow")
+            sys.exit("The default photo comes with scikit-learn: pip install scikit-learn")
         return Image.fromarray(load_sample_image("china.jpg"))
     try:
         return Image.open(path).convert("RGB")
@@ -138,7 +137,7 @@ def load_photo(path: Path | None) -> Image.Image:
 
 
 def resize(photo: Image.Image, short_side: int, multiple: int = 1) -> Image.Image:
-    """The photo in the paper's proportions: at most 1333 pixels long for a short side of 800."""
+    """Scale the photo to a short side, but a long side of at most 1333 for a short one of 800."""
     scale = min(short_side / min(photo.size), short_side * 1333 / 800 / max(photo.size))
     size = [max(1, round(side * scale / multiple)) * multiple for side in photo.size]
     return photo.resize(size, Image.Resampling.BICUBIC)
@@ -150,7 +149,7 @@ def to_tensor(photo: Image.Image) -> Tensor:
 
 
 def hide(image: Tensor, corners: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """Grey out blocks of cells: image with a fourth channel that says where, and that mask (h, w)."""
+    """Grey out blocks of cells: the image, with a channel that says where, and a mask (h, w)."""
     hidden = torch.zeros(image.shape[2] // CELL, image.shape[3] // CELL)
     for x, y in corners:
         hidden[y : y + BLOCK, x : x + BLOCK] = 1
@@ -162,77 +161,68 @@ def train(model: Model, image: Tensor, steps: int) -> None:
     """Teach the model the mean colours of hidden cells, and print how far off it is."""
     colours = F.avg_pool2d(image, CELL)[0]  # (3, h, w)
     guess = (colours - colours.mean((1, 2), keepdim=True)).abs().mean().item()
-    print(f"  the photo's mean colour is off by {guess / 4 * 255:.1f} of 255")
-    free = [max(1, colours.shape[axis] - BLOCK + 1) for axis in (2, 1)]  # corners in x and y
+    print(f"  the mean colour of the photo is off by {guess / 4 * 255:.1f} of 255")
+    free = torch.tensor([max(1, colours.shape[axis] - BLOCK + 1) for axis in (2, 1)])
     blocks = max(1, round(HIDDEN * colours[0].numel() / BLOCK**2))
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, steps + 1, pct_start=0.1)
     start, errors = time.perf_counter(), []
     for step in range(1, steps + 1):
-        corners = (torch.rand(blocks, 2) * torch.tensor(free)).long().tolist()
-        masked, hidden = hide(image, corners)
+        masked, hidden = hide(image, (torch.rand(blocks, 2) * free).long().tolist())
         predicted = model(masked, hidden.flatten().nonzero()[:, 0])  # only what the loss reads
         loss = (predicted[0] - colours[:, hidden].T).abs().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-        errors = errors[-19:] + [loss.item() / 4 * 255]
+        errors.append(loss.item() / 4 * 255)
         if step % 20 == 0 or step == steps:
-            seconds = time.perf_counter() - start
-            off = f"off by {statistics.mean(errors):.1f} of 255"
-            print(f"  step {step} of {steps}: {off} ({seconds:.0f} s)", flush=True)
+            error, seconds = np.mean(errors[-20:]), time.perf_counter() - start
+            print(f"  step {step} of {steps}: off by {error:.1f} ({seconds:.0f} s)", flush=True)
 
 
-def run(
-    module: nn.Module, call: Callable, features: Tensor
-) -> tuple[dict[str, Tensor], list[float]]:
+def run(module: nn.Module, arguments: tuple) -> tuple[dict[str, Tensor], list[float]]:
     """Output and gradients by name; seconds of the forward, and of forward and backward."""
-    features = features.clone().requires_grad_()
+    first = arguments[0].clone().requires_grad_()
     random = torch.Generator().manual_seed(0)
-    grad_output = torch.randn(features.shape, generator=random).to(features)
+    grad_output = torch.randn(first.shape, generator=random).to(first)
     module.zero_grad()
     start = time.perf_counter()
-    output = call(module, features)
+    output = module(first, *arguments[1:])
     middle = time.perf_counter()
     output.backward(grad_output)
     seconds = [middle - start, time.perf_counter() - start]
     gradients = {f"gradient of {name}": w.grad for name, w in module.named_parameters()}
-    return {"output": output, "gradient of input": features.grad, **gradients}, seconds
+    return {"output": output, "gradient of the input": first.grad, **gradients}, seconds
 
 
 def compare(layer: EncoderLayer, pyramid: tuple, rounds: int) -> None:
-    """Assert that the layer agrees with plain PyTorch; then time both, in turns."""
+    """Assert that layer and attention agree with plain PyTorch; then time both sides in turns."""
     features, position, reference_points, shapes = pyramid
-    twin = EncoderLayer(ReferenceAttention).to(features.dtype)
+    twin = EncoderLayer(ReferenceAttention).to(features)
     twin.load_state_dict(layer.state_dict())
-    cases = {
-        "attention": (
-            layer.attention,
-            twin.attention,
-            lambda module, x: module(x + position, reference_points, x, shapes),
-        ),
-        "layer": (layer, twin, lambda module, x: module(x, position, reference_points, shapes)),
-    }
-    for name, (ours, theirs, call) in cases.items():
-        actual, expected = run(ours, call, features)[0], run(theirs, call, features)[0]  # warm-up
-        worst = [0.0, 0.0]
+    attention_takes = (features + position, reference_points, features, shapes)
+    for name, ours, reference, takes in (
+        ("attention", layer.attention, twin.attention, attention_takes),
+        ("layer", layer, twin, pyramid),
+    ):
+        actual, expected = run(ours, takes)[0], run(reference, takes)[0]  # and warm-up
+        worst = [0.0, 0.0]  # output, gradients
         for key, tensor in expected.items():
-            error, kind = relative_error(actual[key], tensor), key != "output"
-            allowed = TOLERANCES[features.dtype][kind]
+            kind, error = key != "output", relative_error(actual[key], tensor)
+            allowed = TOLERANCES[tensor.dtype][kind]
             assert error <= allowed, f"{name}: {key} must agree to {allowed:g}, got {error:.1e}"
             worst[kind] = max(worst[kind], error)
         print(
             f"  {name}: output differs by {worst[0]:.0e}, gradients by {worst[1]:.0e}", flush=True
         )
-        turns = [[run(side, call, features)[1] for side in (ours, theirs)] for _ in range(rounds)]
-        if turns:
-            fast, slow = np.median(turns, 0)
-            for what, x, y in zip(("forward", "forward + backward"), fast, slow, strict=True):
-                print(
-                    f"  {name}, {what}: {x:.3f} s, PyTorch {y:.3f} s: {y / x:.2f}x faster",
-                    flush=True,
-                )
+        if rounds:
+            times = [[run(side, takes)[1] for side in (ours, reference)] for _ in range(rounds)]
+            ours_median, reference_median = np.median(times, 0)
+            for index, what in enumerate(("forward", "forward + backward")):
+                x, y = ours_median[index], reference_median[index]
+                text = f"  {name}, {what}: {x:.3f} s, plain PyTorch {y:.3f} s"
+                print(f"{text}, ratio {y / x:.2f}", flush=True)
 
 
 def draw(model: Model, photo: Image.Image, image: Tensor, title: str, output: Path) -> None:
@@ -247,27 +237,26 @@ def draw(model: Model, photo: Image.Image, image: Tensor, title: str, output: Pa
         features, position, reference_points, shapes = model.pyramid(masked)
         query, attention = (features + position)[0, chosen], model.layer.attention
         offsets = attention.sampling_offsets(query).unflatten(1, (*SAMPLES, 2))  # (Q, M, L, P, 2)
-        weights = (
-            attention.attention_weights(query).unflatten(1, (HEADS, -1)).softmax(-1).flatten(1)
-        )
+        weights = attention.attention_weights(query).unflatten(1, (HEADS, -1)).softmax(-1)
     sizes = torch.tensor([(w, h) for h, w in shapes])[:, None]  # (L, 1, 2)
-    points = (reference_points[0, chosen, :, None, None] + offsets / sizes).flatten(1, 3)  # 0..1
-    points = points * torch.tensor([width, height])  # (Q, M * L * P, 2), in cells
+    points = reference_points[0, chosen, :, None, None] + offsets / sizes  # 0..1 across the photo
+    points = points.flatten(1, 3) * torch.tensor([width, height])  # (Q, M * L * P, 2), in cells
+    areas = weights.flatten(1) * POINT_AREA  # (Q, M * L * P)
     colours = COLOURS[np.indices(SAMPLES)[1].ravel()]  # (M * L * P,)
     painted = torch.cat([painted.clamp(0, 1), hidden[..., None]], -1)  # (h, w, 4): opaque if hidden
 
     figure, panels = plt.subplots(2, 2, figsize=(12, 12 * height / width + 1))
-    for panel, (x, y), point, weight in zip(panels.flat, centres, points, weights, strict=True):
+    edge = {"edgecolors": "black", "linewidths": 0.5}
+    for panel, (x, y), point, area in zip(panels.flat, centres, points, areas, strict=True):
         for picture in (photo, painted):
             panel.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
         panel.axhspan(0, height, color="white", alpha=0.35)  # fade the photo
         for corner in corners:
             panel.add_patch(plt.Rectangle(corner, BLOCK, BLOCK, fill=False, color="white", lw=1.5))
-        order = weight.argsort(descending=True)  # small ones on top
-        area, edge = weight[order] * POINT_AREA, dict(edgecolors="black", linewidths=0.5)
-        panel.scatter(*point[order].T, s=area, c=colours[order], **edge)
-        for colour, size in (("white", 5), ("black", 2)):
-            panel.plot(x + 0.5, y + 0.5, "+", color=colour, ms=13 + size, mew=size)
+        order = area.argsort(descending=True)  # small ones on top
+        panel.scatter(*point[order].T, s=area[order], c=colours[order], **edge)
+        for colour, thickness in (("white", 5), ("black", 2)):
+            panel.plot(x + 0.5, y + 0.5, "+", color=colour, ms=13 + thickness, mew=thickness)
         panel.set(xlim=(0, width), ylim=(height, 0))
         panel.axis("off")
     keys = [plt.scatter([], [], marker="+", s=150, linewidths=2, color="black", label="query")]
@@ -278,65 +267,62 @@ def draw(model: Model, photo: Image.Image, image: Tensor, title: str, output: Pa
         keys.append(plt.scatter([], [], s=area, color="white", label=label, **edge))
     figure.legend(handles=keys, loc="lower center", ncols=len(keys), frameon=False)
     figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.tight_layout(rect=(0, 0.04, 1, 1), h_pad=1.5)
     figure.savefig(output, format="png", dpi=100)
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    option = parser.add_argument
-    option("--image", type=Path, metavar="PATH", help="a photo; default: one from scikit-learn")
-    option(
-        "--output",
-        type=Path,
-        metavar="PATH",
-        default=Path("out/quickstart.png"),
-        help="the picture (PNG); default: %(default)s",
-    )
-    for name, default, text in (
-        ("seed", 0, "of weights and hidden blocks"),
-        ("steps", 200, "training steps"),
-        ("rounds", 5, "timed repeats"),
-        ("short-side", 800, "pixels of the timed photo's short side, at least 64"),
-    ):
-        option(
-            f"--{name}", type=int, metavar="N", default=default, help=f"{text}; default: {default}"
-        )
-    args = parser.parse_args()
-    if args.steps < 0 or args.rounds < 1 or args.short_side < 64:
-        parser.error("--steps must be at least 0, --rounds at least 1, --short-side at least 64")
-    original = load_photo(args.image)
+    option, default = parser.add_argument, "default: %(default)s"
+    output = Path("out/quickstart.png")
+    option("--image", type=Path, metavar="PATH", help="a photo; default: one of scikit-learn's")
+    option("--output", type=Path, metavar="PATH", default=output, help=f"PNG to write; {default}")
+    option("--seed", type=int, default=0, help=f"of weights and hidden blocks; {default}")
+    option("--steps", type=int, default=200, help=f"training steps; {default}")
+    option("--short-side", type=int, default=800, help=f"pixels of the timed photo; {default}")
+    arguments = parser.parse_args()
+    if arguments.steps < 0 or arguments.short_side < 64:
+        parser.error("--steps must be at least 0 and --short-side at least 64")
+    return arguments
+
+
+def main() -> None:
+    """Train, compare, time, draw."""
+    arguments = parse_arguments()
+    original = load_photo(arguments.image)
     try:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.open("ab").close()
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.open("ab").close()
     except OSError as error:
-        sys.exit(f"Cannot write the picture {args.output}: {error.strerror}.")
+        sys.exit(f"Cannot write the picture {arguments.output}: {error.strerror}.")
+    small = resize(original, min(arguments.short_side, TRAIN_SHORT_SIDE), CELL)
+    photo = resize(original, arguments.short_side)
 
-    torch.manual_seed(args.seed)
-    model = Model()
-    small = resize(original, min(args.short_side, TRAIN_SHORT_SIDE), CELL)
-    image = to_tensor(small)
-    print("Training to paint hidden blocks of the photo, {} x {} pixels".format(*small.size))
-    train(model, image, args.steps)
+    torch.manual_seed(arguments.seed)
+    model, image = Model(), to_tensor(small)
+    backend, threads = msda.info()["backend"], torch.get_num_threads()
+    print(
+        f"msda {msda.__version__}, backend {backend}, torch {torch.__version__}, {threads} threads"
+    )
+    print("Training to paint hidden blocks of the photo: {} x {} pixels".format(*small.size))
+    train(model, image, arguments.steps)
 
-    photo = resize(original, args.short_side)
-    for picture, dtype, rounds in ((small, torch.float64, 0), (photo, torch.float32, args.rounds)):
+    for picture, dtype, rounds in ((small, torch.float64, 0), (photo, torch.float32, ROUNDS)):
         with torch.no_grad():
             *tensors, shapes = model.pyramid(F.pad(to_tensor(picture), (0, 0, 0, 0, 0, 1)))
-        size, keys = "{} x {}".format(*picture.size), tensors[0].shape[1]
         allowed = "output {:g}, gradients {:g}".format(*TOLERANCES[dtype])
-        print(f"msda and plain PyTorch in {str(dtype)[6:]}, {size} pixels (allowed: {allowed})")
-        print(f"  levels {shapes}, {keys} queries", flush=True)
-        layer = copy.deepcopy(model.layer).to(dtype)
-        compare(layer, (*(tensor.to(dtype) for tensor in tensors), shapes), rounds)
+        print("Comparing with plain PyTorch: {} x {} pixels,".format(*picture.size), end=" ")
+        print(f"{tensors[0].shape[1]} queries, {str(dtype)[6:]} (allowed: {allowed})", flush=True)
+        pyramid = (*(tensor.to(dtype) for tensor in tensors), shapes)
+        compare(copy.deepcopy(model.layer).to(dtype), pyramid, rounds)
 
-    trained = f"after {args.steps} training steps on this photo" if args.steps else "untrained"
-    title = (
-        f"Where four queries of one encoder layer look, {trained}\n"
-        "Framed blocks were hidden from the layer, which painted them; each query is in one"
-    )
-    draw(model, photo, image, title, args.output)
-    print(f"The picture is in {args.output}")
+    steps = arguments.steps
+    trained = f"after {steps} training steps on this photo" if steps else "untrained"
+    title = f"Where four queries of one encoder layer look, {trained}"
+    title += "\nFramed blocks were hidden from the layer, which painted them; each query is in one"
+    draw(model, photo, image, title, arguments.output)
+    print(f"The picture is in {arguments.output}")
 
 
 if __name__ == "__main__":

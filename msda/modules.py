@@ -15,9 +15,9 @@ from msda.reference import SpatialShapes
 class MSDeformAttn(nn.Module):
     """Multi-scale deformable attention (arXiv 2010.04159, section 4.1).
 
-    Constructor, parameter names and shapes, initialisation and ``forward`` are those of the original
-    implementation, so its checkpoints load and its callers work. Each query predicts, for every
-    head, level and point, an offset from its reference point and an attention logit;
+    Constructor, parameter names and shapes, initialisation and ``forward`` are those of the
+    original implementation, so its checkpoints load and its callers work. Each query predicts, for
+    every head, level and point, an offset from its reference point and an attention logit;
     :func:`msda.ms_deform_attn_fused` does the rest.
 
     Under autocast the four projections run in the autocast dtype, while sampling coordinates,
@@ -112,7 +112,8 @@ class MSDeformAttn(nn.Module):
         Args:
             query: (B, Q, C) queries, positional embedding included.
             reference_points: (B, Q, L, 2) points (x, y), or (B, Q, L, 4) boxes (centre x, centre y,
-                width, height), 0..1 across the padded image; L may be 1 where all levels share them.
+                width, height), 0..1 across the padded image; L may be 1 where all levels share
+                them.
             input_flatten: (B, S, C) feature maps, flattened and concatenated.
             input_spatial_shapes: (L, 2) rows (height, width): int pairs, or an integer tensor. A
                 CUDA tensor is not read on the host.
@@ -155,6 +156,7 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(output)  # (B, Q, C)
 
     def extra_repr(self) -> str:
+        """Constructor arguments, for ``print``."""
         return (
             f"d_model={self.d_model}, n_levels={self.n_levels}, "
             f"n_heads={self.n_heads}, n_points={self.n_points}"

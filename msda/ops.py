@@ -74,8 +74,10 @@ def _check_pyramid(
         pixels = sum(h * w for h, w in zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
         torch._check(
             pixels == value.shape[1],
-            lambda: f"spatial_shapes must cover the S = {value.shape[1]} keys of value, "
-            f"got {pixels} pixels",
+            lambda: (
+                f"spatial_shapes must cover the S = {value.shape[1]} keys of value, "
+                f"got {pixels} pixels"
+            ),
         )
 
 

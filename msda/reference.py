@@ -8,8 +8,8 @@ corners outside the map equal to zero:
     sample = (1-fy) * [(1-fx) * nw + fx * ne] + fy * [(1-fx) * sw + fx * se]
     output = sum over levels and points of attention_weight * sample
 
-A sample counts if -1 < x < W and -1 < y < H; one that does not (NaN and infinite locations never do)
-contributes exactly zero to the output and to every gradient. Coordinates, softmax and sums are
+A sample counts if -1 < x < W and -1 < y < H; one that does not (NaN and infinite locations never
+do) contributes exactly zero to the output and to every gradient. Coordinates, softmax and sums are
 float32, or float64 where ``value`` is float64; results have the dtype of ``value``.
 """
 
@@ -119,7 +119,11 @@ def _points_per_level(
 def _sample_bilinear(
     level: Tensor, height: int, width: int, location: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sample (B, M, D, H * W) at (B, M, Q, P, 2): samples (B, M, D, Q, P), who counts (B, M, Q, P)."""
+    """Sample a level (B, M, D, H * W) at (B, M, Q, P, 2).
+
+    Returns:
+        The samples (B, M, D, Q, P), and which of them count (B, M, Q, P).
+    """
     x = location[..., 0] * width - 0.5
     y = location[..., 1] * height - 0.5
     counts = (x > -1) & (x < width) & (y > -1) & (y < height)
@@ -137,7 +141,7 @@ def _sample_bilinear(
 def _sample_nearest(
     level: Tensor, height: int, width: int, location: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Like :func:`_sample_bilinear`, by RT-DETRv2's 'discrete' rule, each axis clamped by its size."""
+    """Like :func:`_sample_bilinear`, by RT-DETRv2's 'discrete' rule: one pixel, clamped."""
     pixel = location.detach() * location.new_tensor([width, height]) + 0.5
     counts = pixel.isfinite().all(-1)
     pixel = torch.where(counts.unsqueeze(-1), pixel, 0)

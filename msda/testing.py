@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,9 +55,12 @@ class FusedInputs:
         return self.value, self.reference_points, self.sampling_offsets, self.attention_logits
 
 
-def map_tensors(inputs, change):
+AnyInputs = TypeVar("AnyInputs", Inputs, FusedInputs)
+
+
+def map_tensors(inputs: AnyInputs, change: Callable[[Tensor], Tensor]) -> AnyInputs:
     """A copy of ``inputs`` with ``change`` applied to its floating-point tensors."""
-    changed = {}
+    changed: dict[str, Any] = {}
     for field in fields(inputs):
         entry = getattr(inputs, field.name)
         if isinstance(entry, Tensor) and entry.is_floating_point():
@@ -64,7 +68,7 @@ def map_tensors(inputs, change):
     return replace(inputs, **changed)
 
 
-def leaves(inputs):
+def leaves(inputs: AnyInputs) -> AnyInputs:
     """A copy of ``inputs`` whose floating-point tensors are leaves that require a gradient."""
     return map_tensors(inputs, lambda tensor: tensor.detach().clone().requires_grad_())
 
@@ -86,7 +90,9 @@ def pixel_centres(shapes: Sequence[tuple[int, int]]) -> Tensor:
     centres = []
     for height, width in shapes:
         y, x = torch.meshgrid(
-            (torch.arange(height) + 0.5) / height, (torch.arange(width) + 0.5) / width, indexing="ij"
+            (torch.arange(height) + 0.5) / height,
+            (torch.arange(width) + 0.5) / width,
+            indexing="ij",
         )
         centres.append(torch.stack([x, y], -1).view(-1, 2))
     return torch.cat(centres)
@@ -118,8 +124,8 @@ def make_inputs(
     """
     shapes = [(height, width) for height, width in spatial_shapes]
     num_keys = sum(height * width for height, width in shapes)
-    ragged = not isinstance(num_points, int)
-    counts = list(num_points) if ragged else [num_points] * len(shapes)
+    uniform = isinstance(num_points, int)
+    counts = [num_points] * len(shapes) if isinstance(num_points, int) else list(num_points)
     queries = num_keys if num_queries is None else num_queries
     random = torch.Generator().manual_seed(seed)
     if point_dtype is None:
@@ -138,15 +144,15 @@ def make_inputs(
     else:
         location = torch.rand(*size, 2, generator=random) * 1.1 - 0.05
     weight = torch.randn(size, generator=random).softmax(-1)
-    if not ragged:
-        location = location.unflatten(3, (len(shapes), num_points))
-        weight = weight.unflatten(3, (len(shapes), num_points))
+    if uniform:
+        location = location.unflatten(3, (len(shapes), counts[0]))
+        weight = weight.unflatten(3, (len(shapes), counts[0]))
     return Inputs(
         value=value.to(device, dtype),
         spatial_shapes=shapes,
         sampling_locations=location.to(device, point_dtype),
         attention_weights=weight.to(device, point_dtype),
-        num_points=counts if ragged else None,
+        num_points=None if uniform else counts,
     )
 
 

@@ -1,8 +1,8 @@
 """Prove that one wheel serves several versions of torch: ``make abi``.
 
-Builds the wheel with the running Python's torch, then, for each version given, makes a fresh virtual
-environment, installs that torch and the wheel, and runs tests/smoke.py there. Versions other than the
-pinned one usually come with CUDA libraries: expect several gigabytes each.
+Builds the wheel with the running Python's torch, then, for each version given, makes a fresh
+virtual environment, installs that torch and the wheel, and runs tests/smoke.py there. Versions
+other than the pinned one usually come with CUDA libraries: expect several gigabytes each.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Check an installed msda in seconds: ``python tests/smoke.py`` (needs torch and msda, no pytest).
 
-Run from outside the repository, it tells whether the compiled operator of the *installed* package loads
-on the running torch, computes what the reference computes, and compiles.
+It tells whether the compiled operator of the *installed* package loads on the running torch,
+computes what the reference computes, and compiles.
 """
 
 import sys

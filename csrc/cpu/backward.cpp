@@ -14,7 +14,8 @@ namespace {
 
 constexpr int64_t kQueryTile = 8;
 
-// Where a task sums the gradient of one head's pixels: in grad_value itself or in a buffer of its own.
+// Where a task sums the gradient of one head's pixels: in grad_value itself or in a buffer of its
+// own.
 template <class Real>
 struct GradValue {
   Real* base;  // null if not wanted

@@ -16,12 +16,12 @@
 
 namespace msda {
 
-#define MSDA_DECLARE(name)                                                                     \
-  namespace name {                                                                             \
-  void forward(const Problem&, const ForwardOutputs&, int64_t, int64_t);                       \
-  void backward(const Problem&, const BackwardInputs&, const BackwardOutputs&, bool, int64_t,  \
-                int64_t);                                                                      \
-  void backward_reference(const Problem&, const BackwardOutputs&, int64_t, int64_t);           \
+#define MSDA_DECLARE(name)                                                                    \
+  namespace name {                                                                            \
+  void forward(const Problem&, const ForwardOutputs&, int64_t, int64_t);                      \
+  void backward(const Problem&, const BackwardInputs&, const BackwardOutputs&, bool, int64_t, \
+                int64_t);                                                                     \
+  void backward_reference(const Problem&, const BackwardOutputs&, int64_t, int64_t);          \
   }
 MSDA_CPU_CAPABILITIES(MSDA_DECLARE)
 #undef MSDA_DECLARE

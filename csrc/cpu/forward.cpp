@@ -7,9 +7,9 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 namespace {
 
-// Queries whose heads are walked together. The rows of one head lie M * D elements apart, which maps
-// them to a fraction of the L1 sets; neighbouring queries share pixels. A tile of queries, head by
-// head, balances the two.
+// Queries whose heads are walked together. The rows of one head lie M * D elements apart, which
+// maps them to a fraction of the L1 sets; neighbouring queries share pixels. A tile of queries,
+// head by head, balances the two.
 constexpr int64_t kQueryTile = 8;
 
 // Sums the samples of one query and head over kVectors vectors of channels, or over the first

@@ -6,9 +6,9 @@
 
 namespace msda {
 
-// Whether backward adds to grad_value itself, which must then be zero before. Otherwise it sums each
-// head in a scratch buffer of S * D numbers per thread and writes every element once: for 16-bit
-// values, whose sums must be kept in float32.
+// Whether backward adds to grad_value itself, which must then be zero before. Otherwise it sums
+// each head in a scratch buffer of S * D numbers per thread and writes every element once: for
+// 16-bit values, whose sums must be kept in float32.
 inline bool sums_in_place(const Problem& problem) {
   return problem.value.dtype == DType::kFloat32 || problem.value.dtype == DType::kFloat64;
 }

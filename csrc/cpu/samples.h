@@ -113,10 +113,10 @@ struct PixelTransform {
 };
 
 // Where the pixels of one head lie in memory, in elements from a base pointer: key k at
-// (k - first_key) * key_stride. Corners that are not to be read or written go to `nowhere`, a row of
-// zeros to read or a row of rubbish to add to. That keeps the loops over samples free of branches,
-// which one sample in five of an encoder would mispredict, and keeps an Inf in a pixel that is not a
-// corner from leaking through a zero weight.
+// (k - first_key) * key_stride. Corners that are not to be read or written go to `nowhere`, a row
+// of zeros to read or a row of rubbish to add to. That keeps the loops over samples free of
+// branches, which one sample in five of an encoder would mispredict, and keeps an Inf in a pixel
+// that is not a corner from leaking through a zero weight.
 struct Rows {
   int64_t key_stride;
   int64_t first_key;
@@ -178,23 +178,24 @@ class Samples {
   const Real* height() const { return height_.get(); }
 
   // What prepare() computed for each sample: the corners that are read (bit c for corner c), the
-  // fractions, the attention weight (0 where the sample does not count) and the same weight as given
-  // or softmaxed (whether it counts or not).
+  // fractions, the attention weight (0 where the sample does not count) and the same weight as
+  // given or softmaxed (whether it counts or not).
   const index_t<Real>* corners() const { return corners_.get(); }
   const Real* fx() const { return fx_.get(); }
   const Real* fy() const { return fy_.get(); }
   const Real* attention() const { return attention_.get(); }
   const Real* weights() const { return weights_; }
 
-  // For corner c of sample i, at [c * padded + i]: attention times corner weight, and the offsets of
-  // the pixel in value and in grad_value.
+  // For corner c of sample i, at [c * padded + i]: attention times corner weight, and the offsets
+  // of the pixel in value and in grad_value.
   const Real* corner_weight() const { return corner_weight_.get(); }
   const int64_t* value_offset() const { return value_offset_.get(); }
   const int64_t* grad_offset() const { return grad_offset_.get(); }
 
   // The transform of query q, where q counts from the first query given to set_queries().
   PixelTransform<Real> transform(int64_t q) const {
-    Real* const base = const_cast<Real*>(transform_.get()) + (problem_.is_fused() ? q : 0) * 4 * padded_;
+    Real* const base =
+        const_cast<Real*>(transform_.get()) + (problem_.is_fused() ? q : 0) * 4 * padded_;
     return {base, base + padded_, base + 2 * padded_, base + 3 * padded_};
   }
 
@@ -242,8 +243,8 @@ class Samples {
       softmax();
       weights_ = given_weights_.get();
     } else {
-      weights_ = given(problem_.weights, first_sample + begin_, count_, padded_,
-                       given_weights_.get());
+      weights_ =
+          given(problem_.weights, first_sample + begin_, count_, padded_, given_weights_.get());
     }
     const PixelTransform<Real> to_pixels = transform(slot);
     for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
@@ -335,8 +336,8 @@ class Samples {
 
     const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x < width - 1);
     const IntVec<Real> north = y0 >= 0, south = y < height - 1;
-    const IntVec<Real> corners = (west & north & 1) | (east & north & 2) | (west & south & 4) |
-                                 (east & south & 8);
+    const IntVec<Real> corners =
+        (west & north & 1) | (east & north & 2) | (west & south & 4) | (east & south & 8);
 
     const Corners<Vec<Real>> weights = corner_weights(fx, fy);
     store(corner_weight_.get() + kNw * padded_ + i, attention * weights.nw);
@@ -371,16 +372,17 @@ class Samples {
     store(fy_.get() + i, Vec<Real>{});
     store(attention_.get() + i, attention);
     store_as(corners_.get() + i, counts & 1);
-    store_keys(i, __builtin_convertvector(x, IntVec<Real>), __builtin_convertvector(y, IntVec<Real>));
+    store_keys(i, __builtin_convertvector(x, IntVec<Real>),
+               __builtin_convertvector(y, IntVec<Real>));
   }
 
   // The key of the north-west pixel, which may lie outside the map. 64 bits: a map may have more
   // than 2^31 pixels.
   void store_keys(int64_t i, IntVec<Real> x0, IntVec<Real> y0) {
     for (int part = 0; part < kLanes<Real>; part += kLanes<int64_t>) {
-      const Vec<int64_t> key = load_as<Vec<int64_t>>(level_start_.get() + i + part) +
-                               widen(y0, part) * load_as<Vec<int64_t>>(map_width_.get() + i + part) +
-                               widen(x0, part);
+      const Vec<int64_t> key =
+          load_as<Vec<int64_t>>(level_start_.get() + i + part) +
+          widen(y0, part) * load_as<Vec<int64_t>>(map_width_.get() + i + part) + widen(x0, part);
       store_as(key_.get() + i + part, key);
     }
   }

@@ -1,0 +1,177 @@
+"""The build says in one sentence what it lacks, and decides about CUDA without looking for a GPU."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TORCH = Path(torch.__file__).parent
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a source tree")
+
+
+@pytest.fixture
+def setup_py():
+    specification = importlib.util.spec_from_file_location("msda_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def fake_torch(folder, version):
+    """A folder that looks like an installed torch of the given version."""
+    major, minor = version.split(".")
+    header = folder / "include" / "torch" / "headeronly" / "version.h"
+    header.parent.mkdir(parents=True)
+    header.write_text(
+        f"#define TORCH_VERSION_MAJOR {major}\n"
+        f"#define TORCH_VERSION_MINOR {minor}\n"
+        "#define TORCH_VERSION_PATCH 0\n"
+    )
+    (folder / "include" / "torch" / "csrc" / "stable").mkdir(parents=True)
+    (folder / "include" / "torch" / "csrc" / "stable" / "library.h").touch()
+    (folder / "lib").mkdir()
+    for library in ("torch", "torch_cpu"):
+        (folder / "lib" / f"lib{library}.so").touch()
+    (folder / "version.py").write_text(f"__version__ = '{version}.0'\n")
+    return folder
+
+
+def configure(build_dir, *options, **environment):
+    """Run CMake's configure step; returns its exit status and all it printed, lines joined."""
+    keep = {
+        key: text for key, text in os.environ.items() if not key.startswith(("MSDA_", "TORCH_"))
+    }
+    command = ["cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", *options]
+    if not any(option.startswith("-DMSDA_TORCH_ROOT") for option in options):
+        command.append(f"-DMSDA_TORCH_ROOT={TORCH}")
+    run = subprocess.run(command, env=keep | environment, capture_output=True, text=True)
+    return run.returncode, " ".join((run.stdout + run.stderr).split())
+
+
+def hide(monkeypatch, setup_py, *hidden):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(
+        setup_py.shutil, "which", lambda tool: None if tool in hidden else f"/usr/bin/{tool}"
+    )
+
+
+@pytest.mark.parametrize("tool", ["cmake", "ninja"])
+def test_a_missing_build_tool_is_one_sentence(setup_py, monkeypatch, tool):
+    hide(monkeypatch, setup_py, tool)
+    with pytest.raises(
+        SystemExit, match=f"^msda: {tool} is needed to build, .*: pip install {tool}$"
+    ):
+        setup_py.require_tools()
+
+
+def test_a_missing_compiler_is_one_sentence(setup_py, monkeypatch):
+    hide(monkeypatch, setup_py, "c++", "g++", "clang++")
+    with pytest.raises(SystemExit, match=r"^msda: a C\+\+17 compiler is needed to build, "):
+        setup_py.require_tools()
+
+
+def test_a_missing_torch_is_one_sentence(setup_py, monkeypatch):
+    hide(monkeypatch, setup_py)
+    monkeypatch.setattr(setup_py, "find_torch", lambda: None)
+    with pytest.raises(
+        SystemExit, match="^msda: torch >= 2.10 is needed to build, .*: pip install"
+    ):
+        setup_py.require_tools()
+
+
+def test_an_old_torch_is_one_sentence(setup_py, monkeypatch, tmp_path):
+    hide(monkeypatch, setup_py)
+    monkeypatch.setenv("MSDA_TORCH_ROOT", str(fake_torch(tmp_path, "2.9")))
+    with pytest.raises(SystemExit, match=r"^msda: torch >= 2.10 is needed to build, got 2\.9 in "):
+        setup_py.require_tools()
+
+
+def test_build_requirements_name_only_what_is_missing(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setenv("MSDA_TORCH_ROOT", str(fake_torch(tmp_path, "2.13")))
+    monkeypatch.setattr(setup_py._setuptools, "get_requires_for_build_wheel", lambda settings: [])
+    hide(monkeypatch, setup_py)
+    assert setup_py.get_requires_for_build_wheel() == []
+    hide(monkeypatch, setup_py, "cmake", "ninja")
+    assert setup_py.get_requires_for_build_wheel() == ["cmake", "ninja"]
+    monkeypatch.setattr(setup_py, "find_torch", lambda: None)
+    assert "torch>=2.10" in setup_py.get_requires_for_build_wheel()
+
+
+def test_cmake_alone_finds_an_old_torch(tmp_path):
+    old = fake_torch(tmp_path / "torch", "2.9")
+    status, text = configure(tmp_path / "build", f"-DMSDA_TORCH_ROOT={old}")
+    assert status != 0
+    assert "msda needs torch >= 2.10 to build, found 2.9.0." in text
+
+
+def test_cmake_alone_finds_no_torch(tmp_path):
+    status, text = configure(tmp_path / "build", f"-DMSDA_TORCH_ROOT={tmp_path}")
+    assert status != 0
+    assert "msda needs torch >= 2.10 to build, found none in" in text
+
+
+def test_cuda_can_be_switched_off(tmp_path):
+    status, text = configure(tmp_path, MSDA_CUDA="0")
+    assert status == 0
+    assert "CUDA kernels: off (MSDA_CUDA=0)" in text
+
+
+def test_the_cuda_switch_takes_no_other_words(tmp_path):
+    status, text = configure(tmp_path, MSDA_CUDA="maybe")
+    assert status != 0
+    assert "MSDA_CUDA must be 0, 1 or empty, got 'maybe'." in text
+
+
+@pytest.fixture
+def cuda_source(tmp_path):
+    source = tmp_path / "empty.cu"
+    source.write_text("__global__ void nothing() {}\n")
+    return f"-DMSDA_CUDA_SOURCES={source}"
+
+
+@pytest.fixture
+def path_without_nvcc(tmp_path):
+    """A PATH that holds what CMake needs, but no nvcc."""
+    for tool in ("cmake", "ninja", "c++", "g++", "cc", "gcc", "ld", "ar", "ranlib", "as", "uname"):
+        if shutil.which(tool):
+            (tmp_path / "bin" / tool).parent.mkdir(exist_ok=True)
+            (tmp_path / "bin" / tool).symlink_to(shutil.which(tool))
+    return str(tmp_path / "bin")
+
+
+def test_cuda_is_left_out_without_nvcc(tmp_path, cuda_source, path_without_nvcc):
+    environment = {"PATH": path_without_nvcc, "CUDACXX": "", "CUDA_PATH": "", "CUDA_HOME": ""}
+    status, text = configure(tmp_path / "build", cuda_source, **environment)
+    assert status == 0
+    assert "CUDA kernels: off (nvcc was not found" in text
+    status, text = configure(tmp_path / "build1", cuda_source, "-DMSDA_CUDA=1", **environment)
+    assert status != 0
+    assert "MSDA_CUDA=1 asks for CUDA kernels, but nvcc was not found" in text
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+@needs_nvcc
+def test_cuda_is_built_where_nvcc_is_found_whether_or_not_there_is_a_gpu(tmp_path, cuda_source):
+    status, text = configure(tmp_path / "build", cuda_source)
+    assert status == 0
+    assert (
+        "CUDA kernels: on, 75-real,80-real,86-real,89-real,90-real,100-real,120-real,120-virtual"
+        in text
+    )
+
+
+@needs_nvcc
+def test_cuda_architectures_are_read_as_torch_reads_them(tmp_path, cuda_source):
+    status, text = configure(tmp_path / "a", cuda_source, TORCH_CUDA_ARCH_LIST="8.0 9.0a;10.0+PTX")
+    assert status == 0
+    assert "CUDA kernels: on, 80-real,90a-real,100-real,100-virtual" in text
+    status, text = configure(tmp_path / "b", cuda_source, TORCH_CUDA_ARCH_LIST="Hopper")
+    assert status != 0
+    assert "TORCH_CUDA_ARCH_LIST must hold entries such as 9.0 or 9.0+PTX, got 'Hopper'." in text
