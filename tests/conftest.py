@@ -85,9 +85,7 @@ def _sizes(spatial_shapes, **sizes):
 
 
 _AWKWARD = {
-    "all_ones": _sizes(
-        [(1, 1)], batch=1, num_queries=1, num_heads=1, head_dim=1, num_points=1
-    ),
+    "all_ones": _sizes([(1, 1)], batch=1, num_queries=1, num_heads=1, head_dim=1, num_points=1),
     "level_of_one_pixel": _sizes(
         [(5, 7), (1, 1), (3, 2)], batch=2, num_queries=11, num_heads=3, head_dim=8, num_points=2
     ),
@@ -318,7 +316,9 @@ def off_edges(inputs, margin=0.01):
     given = getattr(inputs, name)
     ragged = inputs.num_points is not None
     counts = inputs.num_points if ragged else [given.shape[4]] * num_levels
-    levels = torch.tensor([level for level, count in enumerate(counts) for _ in range(count)]).long()
+    levels = torch.tensor(
+        [level for level, count in enumerate(counts) for _ in range(count)]
+    ).long()
     size = torch.tensor([(width, height) for height, width in shapes]).double()[levels]  # (K, 2)
     points = given.double().cpu().flatten(3, -2)  # (B, Q, M, K, 2)
 

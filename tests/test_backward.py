@@ -105,7 +105,9 @@ def test_gradients_have_the_dtype_of_their_input(device, make, dtype, point_dtyp
     for name, gradient in actual.items():
         assert gradient.dtype == getattr(inputs, name).dtype
         # Sums are of the precision of value, though the gradient may be wider.
-        limit = max(TOLERANCES[gradient.dtype], TOLERANCES[torch.promote_types(dtype, torch.float32)])
+        limit = max(
+            TOLERANCES[gradient.dtype], TOLERANCES[torch.promote_types(dtype, torch.float32)]
+        )
         if name == "attention_logits":
             limit = max(limit, TOLERANCES[dtype])
         assert relative_error(gradient, expected[name]) <= limit, name
@@ -279,9 +281,7 @@ def test_reference_points_that_are_not_finite_give_and_get_no_gradient(
     ],
     ids=["east", "west", "north", "south"],
 )
-def test_pixels_across_the_border_neither_leak_nor_get_a_gradient(
-    device, x, y, row, column, dtype
-):
+def test_pixels_across_the_border_neither_leak_nor_get_a_gradient(device, x, y, row, column, dtype):
     inputs = make_inputs([(6, 7)], **SIZES, dtype=dtype, device=device)
     inputs.sampling_locations.copy_(torch.tensor([x, y]))
     grad_output = random_like_output(inputs)
@@ -392,9 +392,7 @@ def test_every_element_of_every_gradient_is_written(device, make, dtype, poisone
         inputs = make(SHAPES, **sizes, dtype=dtype, device=device)
         for names in [*subsets(names_of(inputs)), names_of(inputs)]:
             grad_output = random_like_output(inputs)
-            for name, gradient in compute_gradients(
-                OPERATOR, inputs, grad_output, names
-            ).items():
+            for name, gradient in compute_gradients(OPERATOR, inputs, grad_output, names).items():
                 assert gradient.isfinite().all(), name
 
 

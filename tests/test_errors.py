@@ -267,7 +267,9 @@ def test_arguments_that_are_no_tensors_are_refused(bad):
 
 @pytest.mark.parametrize("bad", [None, 7, [3, 4, 2, 2], [(3, 4, 5)], [(3,)], "ab"], ids=str)
 def test_spatial_shapes_that_are_no_pairs_are_refused(bad):
-    message = r"^spatial_shapes must be a sequence of \(height, width\) pairs or an integer tensor, got"
+    message = (
+        r"^spatial_shapes must be a sequence of \(height, width\) pairs or an integer tensor, got"
+    )
     for function, arguments in [
         (msda.ms_deform_attn, plain_arguments()),
         (msda.ms_deform_attn_fused, fused_arguments()),
@@ -454,7 +456,10 @@ def test_meta_tensors_are_checked_as_real_ones_are(changes, message):
 @refused(
     [
         (dict(reference_points=lambda points: points[:, :3]), "^reference_points must have shape"),
-        (dict(sampling_offsets=lambda points: points[..., :1]), "^sampling_offsets must have shape"),
+        (
+            dict(sampling_offsets=lambda points: points[..., :1]),
+            "^sampling_offsets must have shape",
+        ),
         (dict(attention_logits=lambda logits: logits[:1]), "^attention_logits must have shape"),
         (
             dict(padding_mask=torch.zeros(2, 15, dtype=torch.bool, device="meta")),

@@ -200,7 +200,9 @@ def test_softmax_of_logits_far_apart(device, spread):
 
 def test_softmax_does_not_overflow_for_large_logits(device):
     inputs = make_fused_inputs(SHAPES, **SIZES, device=device)
-    shifted = replace(inputs, attention_logits=(inputs.attention_logits * 64).round() / 64 + 2.0**17)
+    shifted = replace(
+        inputs, attention_logits=(inputs.attention_logits * 64).round() / 64 + 2.0**17
+    )
     expected = replace(shifted, attention_logits=shifted.attention_logits - 2.0**17)
     assert_same_bits(compute(shifted), compute(expected))
 
@@ -211,7 +213,9 @@ def test_logits_of_minus_infinity_switch_samples_off(device):
     assert_close(compute(inputs), compute_exactly(inputs))
 
 
-@pytest.mark.parametrize("bits", [0x7FC00000, -1, 0x7F800001], ids=["usual", "all_ones", "signalling"])
+@pytest.mark.parametrize(
+    "bits", [0x7FC00000, -1, 0x7F800001], ids=["usual", "all_ones", "signalling"]
+)
 def test_nan_logits_make_the_output_nan(device, bits):
     inputs = make_fused_inputs(SHAPES, **SIZES, device=device)
     logits = inputs.attention_logits.view(torch.int32)
@@ -227,7 +231,9 @@ def test_nan_logits_make_the_output_nan(device, bits):
 def border_locations(height, width):
     """Samples all around a map: on its border, less than a pixel outside, and just inside."""
     across = [-0.45, 0.0, 0.2, 0.5, 0.8, 1.0, 0.45]
-    x = [0.5 / width + (width - 1) / width * t for t in (0.0, 0.5, 1.0)] + [a / width for a in across]
+    x = [0.5 / width + (width - 1) / width * t for t in (0.0, 0.5, 1.0)] + [
+        a / width for a in across
+    ]
     y = [0.5 / height + (height - 1) / height * t for t in (0.0, 0.5, 1.0)]
     y += [a / height for a in across]
     x += [1 - a / width for a in across]
@@ -416,7 +422,8 @@ def every_other_of_twice_as_many(tensor):
 @every_dtype
 @every_form
 @pytest.mark.parametrize(
-    "layout", [transposed, offset_by_one_element, slice_of_a_larger_one, every_other_of_twice_as_many]
+    "layout",
+    [transposed, offset_by_one_element, slice_of_a_larger_one, every_other_of_twice_as_many],
 )
 def test_memory_layout_changes_nothing(device, make, layout, dtype):
     inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)

@@ -88,10 +88,10 @@ def test_importing_prints_nothing_and_asks_no_device():
 # ---- MSDA_BACKEND --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["reference", "native", ""])
+@pytest.mark.parametrize("backend", ["reference", "native"])
 def test_backend_is_chosen_by_the_environment_without_a_warning(backend):
     process = run_python("-W", "error", "-c", CALL, MSDA_BACKEND=backend)
-    assert process.stdout.split()[:2] == ["4.0", backend or "native"], process.stderr
+    assert process.stdout.split()[:2] == ["4.0", backend], process.stderr
     assert process.stderr == ""
 
 
@@ -102,23 +102,30 @@ def test_unknown_backend_is_refused_at_import():
     assert process.stderr.splitlines()[-1] == message
 
 
-@pytest.mark.parametrize("change", ["too_few_levels", "pixels_left_over", "integers"])
-def test_reference_backend_refuses_wrong_input_too(change):
-    shapes = {"too_few_levels": "[(2, 3)]", "pixels_left_over": "[(2, 3), (1, 1)]"}
-    program = f"""
+def test_reference_backend_refuses_wrong_input_too():
+    program = """
 import torch, msda
 value, points = torch.ones(1, 8, 1, 4), torch.rand(1, 1, 1, 2, 1, 2)
-try:
-    msda.ms_deform_attn(
-        value{".int()" if change == "integers" else ""}, {shapes.get(change, "[(2, 3), (1, 2)]")},
-        None, points, points[..., 0]
-    )
-except (RuntimeError, ValueError, TypeError) as error:
-    print(error)
+right = dict(value=value, shapes=[(2, 3), (1, 2)], weights=points[..., 0])
+for wrong in (
+    dict(shapes=[(2, 3)]),
+    dict(shapes=[(2, 3), (1, 1)]),
+    dict(value=value.int()),
+    dict(weights=points[:, :, :, :1, :, 0]),
+):
+    arguments = right | wrong
+    try:
+        msda.ms_deform_attn(arguments["value"], arguments["shapes"], None, points, arguments["weights"])
+    except (RuntimeError, ValueError, TypeError) as error:
+        print(error)
+    else:
+        print("accepted", wrong)
 """
     process = run_python("-c", program, MSDA_BACKEND="reference")
     assert process.returncode == 0, process.stderr
-    assert " must " in process.stdout
+    messages = process.stdout.splitlines()
+    assert len(messages) == 4
+    assert all(" must " in message for message in messages)
 
 
 # ---- MSDA_CPU_CAPABILITY -------------------------------------------------------------------------
@@ -133,17 +140,12 @@ def test_every_supported_instruction_set_can_be_chosen(capability):
 
 
 def test_unknown_instruction_set_is_refused_at_the_first_call():
-    process = run_python("-c", CALL, MSDA_CPU_CAPABILITY="bogus")
-    assert process.returncode != 0
+    program = "import msda; print(msda.info()['cpu_capability'])" + CALL
+    process = run_python("-c", program, MSDA_CPU_CAPABILITY="bogus")
+    assert process.stdout == "None\n"
     supported = " ".join(msda.info()["cpu_capabilities_supported"])
     message = f"RuntimeError: MSDA_CPU_CAPABILITY must be one of: {supported}, got bogus"
     assert process.stderr.splitlines()[-1] == message
-
-
-def test_info_works_where_the_instruction_set_is_unknown():
-    program = "import msda; print(msda.info()['cpu_capability'])"
-    process = run_python("-c", program, MSDA_CPU_CAPABILITY="bogus")
-    assert process.stdout == "None\n", process.stderr
 
 
 # ---- an installation without the compiled library ------------------------------------------------
@@ -161,7 +163,9 @@ def test_pure_python_installation_computes_with_one_warning(pure_python):
     process = run_python("-c", CALL + CALL, path=pure_python)
     assert process.stdout == "4.0 reference None\n" * 2, process.stderr
     assert process.stderr.count("Warning: ") == 1
-    assert "msda runs its slower PyTorch reference: the compiled library is missing" in process.stderr
+    assert (
+        "msda runs its slower PyTorch reference: the compiled library is missing" in process.stderr
+    )
     assert "<string>" in process.stderr  # the warning points at the caller
 
 

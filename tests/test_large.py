@@ -10,11 +10,9 @@ import torch
 
 import msda
 from conftest import (
-    OPERATOR,
     assert_close,
     assert_gradients_close,
     compute_exactly,
-    compute_gradients,
     exact_gradients,
     random_like_output,
 )
@@ -36,7 +34,7 @@ def exact_numbers(size, low, high):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "gigabytes"), [(torch.bfloat16, 11), (torch.float32, 20)], ids=["bfloat16", "float32"]
+    ("dtype", "gigabytes"), [(torch.bfloat16, 9), (torch.float32, 13)], ids=["bfloat16", "float32"]
 )
 def test_value_of_more_than_2_to_the_31_elements(device, dtype, gigabytes):
     need(gigabytes, device)
@@ -88,7 +86,7 @@ def test_value_of_more_than_2_to_the_31_elements(device, dtype, gigabytes):
 
 
 def test_locations_of_more_than_2_to_the_31_elements(device):
-    need(16, device)
+    need(9, device)
     num_queries, num_points, last = 2**20 + 16, 1024, 16
     size = (1, num_queries, 1, 1, num_points)
     assert math.prod(size) * 2 > 2**31
@@ -107,20 +105,13 @@ def test_locations_of_more_than_2_to_the_31_elements(device):
     )
     large.sampling_locations[:, -last:] = small.sampling_locations
     large.attention_weights[:, -last:] = small.attention_weights
-    large.attention_weights.requires_grad_()
 
     output = msda.ms_deform_attn(large.value, large.spatial_shapes, None, *large.tensors()[1:])
     assert_close(output[:, -last:], compute_exactly(small))
-    output.sum().backward()
-    grad_output = torch.ones_like(random_like_output(small))
-    assert_close(
-        large.attention_weights.grad[:, -last:],
-        exact_gradients(small, grad_output)["attention_weights"],
-    )
 
 
 def test_output_of_more_than_2_to_the_31_elements(device):
-    need(12, device)
+    need(7, device)
     num_queries, last = 2**20 + 16, 16
     size = (1, num_queries, HEADS, 1, 1)
     assert math.prod(size) * HEAD_DIM > 2**31
@@ -138,17 +129,6 @@ def test_output_of_more_than_2_to_the_31_elements(device):
     )
     large.sampling_locations[:, -last:] = small.sampling_locations
     large.attention_weights[:, -last:] = small.attention_weights
-    for points in large.tensors()[1:]:
-        points.requires_grad_()
 
     output = msda.ms_deform_attn(large.value, large.spatial_shapes, None, *large.tensors()[1:])
     assert_close(output[:, -last:], compute_exactly(small))
-    grad_output = random_like_output(small)
-    names = ("sampling_locations", "attention_weights")
-    gradients = dict.fromkeys(names)
-    whole = torch.empty_like(output)
-    whole[:, -last:] = grad_output
-    output.backward(whole)
-    for name in names:
-        gradients[name] = getattr(large, name).grad[:, -last:]
-    assert_gradients_close(small, gradients, exact_gradients(small, grad_output))

@@ -99,7 +99,9 @@ def test_state_dict_has_the_original_names_and_shapes(arguments, offsets, weight
 
 
 def test_first_offsets_point_along_a_ring_worked_out_by_hand():
-    bias = MSDeformAttn(256, 4, 8, 4).sampling_offsets.bias.view(8, 4, 4, 2)  # heads, levels, points
+    bias = MSDeformAttn(256, 4, 8, 4).sampling_offsets.bias.view(
+        8, 4, 4, 2
+    )  # heads, levels, points
     ring = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     for head, (x, y) in enumerate(ring):
         for point in range(4):

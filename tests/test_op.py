@@ -24,7 +24,7 @@ from conftest import (
     off_edges,
     random_like_output,
 )
-from msda.testing import make_fused_inputs, make_inputs, map_tensors, relative_error
+from msda.testing import FusedInputs, make_fused_inputs, make_inputs, map_tensors, relative_error
 
 SHAPES = [(6, 9), (3, 5), (2, 2)]
 SIZES = dict(batch=2, num_queries=5, num_heads=2, head_dim=4, num_points=2)
@@ -182,16 +182,17 @@ def test_changing_batch_and_shapes_of_a_module_in_training_are_compiled_at_most_
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_compiles_with_inductor(device):
-    module = msda.MSDeformAttn(16, 3, 2, 2).to(device)
-    query = torch.rand(2, 5, 16, device=device)
-    reference = torch.rand(2, 5, 3, 2, device=device)
-    features = torch.rand(2, 73, 16, device=device, requires_grad=True)
-    arguments = (query, reference, features, SHAPES)
-    fast = torch.compile(module, fullgraph=True)
-    torch.testing.assert_close(fast(*arguments), module(*arguments))
-    actual = torch.autograd.grad(fast(*arguments).sum(), features)
-    expected = torch.autograd.grad(module(*arguments).sum(), features)
-    torch.testing.assert_close(actual, expected)
+    def function(*arguments, **options):
+        return msda.ms_deform_attn_fused(*arguments, **options).sin()
+
+    inputs = make_fused_inputs(SHAPES, **SIZES, device=device)
+    grad_output = random_like_output(inputs)
+    actual, expected = (
+        compute_gradients({FusedInputs: version}, inputs, grad_output, names_of(inputs))
+        for version in (torch.compile(function, fullgraph=True), function)
+    )
+    for name, gradient in actual.items():
+        torch.testing.assert_close(gradient, expected[name])
 
 
 # ---- export, copies ------------------------------------------------------------------------------

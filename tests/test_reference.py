@@ -249,7 +249,10 @@ def locations_by_numbers(reference_points, offsets, shapes, counts):
     return [
         [
             [
-                [location(references, offset, level) for offset, level in zip(head, levels, strict=True)]
+                [
+                    location(references, offset, level)
+                    for offset, level in zip(head, levels, strict=True)
+                ]
                 for head in query
             ]
             for references, query in zip(image_references, image, strict=True)
@@ -291,7 +294,9 @@ def test_reference_matches_numbers_one_by_one(num_points, interpolation):
         interpolation,
     )
     output = call(REFERENCE, inputs, interpolation=interpolation)
-    torch.testing.assert_close(output, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        output, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("num_points", [2, [3, 0, 2]], ids=["even", "ragged"])
@@ -322,7 +327,9 @@ def test_fused_reference_matches_numbers_one_by_one(num_points, reference_size, 
         counts,
     )
     output = call(REFERENCE, inputs)
-    torch.testing.assert_close(output, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(
+        output, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-13
+    )
 
 
 # ---- derivatives ---------------------------------------------------------------------------------
@@ -343,7 +350,9 @@ def test_gradients_of_the_reference_match_finite_differences(inputs):
     inputs = leaves_of(off_edges(inputs, margin=0.05), names)
 
     def function(*tensors):
-        return call(REFERENCE, type(inputs)(**vars(inputs) | dict(zip(names, tensors, strict=True))))
+        return call(
+            REFERENCE, type(inputs)(**vars(inputs) | dict(zip(names, tensors, strict=True)))
+        )
 
     tensors = tuple(getattr(inputs, name) for name in names)
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)

@@ -1,0 +1,223 @@
+"""Time the operator against the grid_sample core that libraries run on a CPU: ``make bench``.
+
+For every workload, number of threads and direction, ours and the baseline are asserted equal and
+then timed in turn in the same process, so that a busy machine slows both; reported are medians and
+their ratio. Times are of this machine and run; only the ratios carry over. Prints a table, and with
+``--output FILE`` writes what it printed, with versions and hardware, as JSON for report.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from baselines import grid_sample_core
+from torch import Tensor
+from workloads import WORKLOADS
+
+import msda
+from msda.testing import TOLERANCES, Inputs, leaves, map_tensors, relative_error
+
+
+def ours(inputs: Inputs) -> Tensor:
+    return msda.ms_deform_attn(
+        inputs.value,
+        inputs.spatial_shapes,
+        None,
+        inputs.sampling_locations,
+        inputs.attention_weights,
+    )
+
+
+def forward_of(core: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], object]:
+    """One forward call without autograd."""
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return core(inputs)
+
+    return run
+
+
+def backward_of(core: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], object]:
+    """One backward call alone: all three gradients of a graph that is kept."""
+    tracked = leaves(inputs)
+    output = core(tracked)
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
+    grad_output = grad_output.to(output.dtype)
+    return lambda: torch.autograd.grad(output, tracked.tensors(), grad_output, retain_graph=True)
+
+
+def seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def silent_stderr() -> Iterator[None]:
+    """Keep native code from writing to stderr: torch's profiler reports its starts and stops."""
+    saved = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+
+
+def peak_extra_memory(run: Callable[[], object]) -> int:
+    """The most bytes that torch held at once during a call, beyond those held before."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    profiler = torch.profiler.profile(activities=activities, profile_memory=True)
+    with silent_stderr(), profiler as profile:
+        result = run()  # kept alive: outputs count
+    del result
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return peak
+
+
+def assert_equal(inputs: Inputs) -> None:
+    """Both sides against each other: outputs and gradients, within five float32 tolerances."""
+    with torch.no_grad():
+        error = relative_error(ours(inputs), grid_sample_core(inputs))
+    limit = 5 * TOLERANCES[inputs.value.dtype]
+    assert error < limit, f"forward differs by {error:.1e}, at most {limit:.1e} expected"
+    pairs = zip(backward_of(ours, inputs)(), backward_of(grid_sample_core, inputs)(), strict=True)
+    for name, (actual, expected) in zip(("value", "locations", "weights"), pairs, strict=True):
+        error = relative_error(actual, expected)
+        # Where the two round a coordinate to different sides of a cell edge, the gradient of that
+        # location jumps: both are right.
+        allowed = 2e-2 if name == "locations" else limit
+        assert error < allowed, f"grad_{name} differs by {error:.1e}, at most {allowed:.1e}"
+
+
+def measure(name: str, direction: str, threads: int, seconds_budget: float) -> dict[str, object]:
+    """Time one line of the table."""
+    torch.set_num_threads(threads)
+    inputs = WORKLOADS[name](torch.float32)
+    make = forward_of if direction == "forward" else backward_of
+    our_run, base_run = make(ours, inputs), make(grid_sample_core, inputs)
+    seconds(our_run)
+    base_times, our_times = [seconds(base_run)], []
+    # Several of ours to one of the baseline: about as much time for either side.
+    per_round = max(1, min(20, int(base_times[0] / seconds(our_run) / 4)))
+    rounds = max(3, min(30, int(seconds_budget / (1.5 * base_times[0]))))
+    base_times.clear()
+    for _ in range(rounds):
+        our_times += [seconds(our_run) for _ in range(per_round)]
+        base_times.append(seconds(base_run))
+    our_median, base_median = statistics.median(our_times), statistics.median(base_times)
+
+    row: dict[str, object] = {
+        "workload": name,
+        "direction": direction,
+        "threads": threads,
+        "dtype": "float32",
+        "msda_ms": our_median * 1e3,
+        "grid_sample_ms": base_median * 1e3,
+        "ratio": base_median / our_median,
+        "msda_extra_bytes": peak_extra_memory(our_run),
+        "grid_sample_extra_bytes": peak_extra_memory(base_run),
+        "rounds": rounds,
+    }
+    for dtype in (torch.bfloat16, torch.float16):
+        values = map_tensors(inputs, lambda tensor: tensor)
+        values.value = inputs.value.to(dtype)
+        run = make(ours, values)
+        seconds(run)
+        times = []
+        for _ in range(max(5, min(30, rounds * per_round // 2))):
+            times.append((seconds(our_run), seconds(run)))
+        full, half = (statistics.median(column) for column in zip(*times, strict=True))
+        row[f"{str(dtype).removeprefix('torch.')}_speedup"] = full / half
+    return row
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on and with."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].split(":", 1)[1].strip() if names else model
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "msda": msda.__version__,
+        "commit": commit.stdout.strip() or "unknown",
+        "cpu_capability": msda.info()["cpu_capability"],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def print_row(row: dict) -> None:
+    megabytes = row["msda_extra_bytes"] / 1e6, row["grid_sample_extra_bytes"] / 1e6
+    print(
+        f"{row['workload']:<9}{row['direction']:<10}{row['threads']:>7}"
+        f"{row['grid_sample_ms']:>14.1f}{row['msda_ms']:>10.2f}{row['ratio']:>8.1f}x"
+        f"{row['bfloat16_speedup']:>9.2f}x{row['float16_speedup']:>9.2f}x"
+        f"{megabytes[1]:>14.1f}{megabytes[0]:>9.1f}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--workload", choices=WORKLOADS, action="append", help="default: all")
+    parser.add_argument("--threads", type=int, action="append", help="default: 1 and all cores")
+    parser.add_argument(
+        "--seconds", type=float, default=15, help="for the baseline of each line (default: 15)"
+    )
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    options = parser.parse_args()
+    assert msda.info()["backend"] == "native", msda.info()["backend_reason"]
+
+    results = {"machine": machine(), "rows": []}
+    print(*(f"{key}: {text}" for key, text in results["machine"].items()), sep=", ")
+    print(
+        f"\n{'':<9}{'':<10}{'':>7}{'grid_sample':>14}{'msda':>10}{'':>9}"
+        f"{'bf16':>10}{'fp16':>10}{'extra memory, MB':>23}\n"
+        f"{'workload':<9}{'direction':<10}{'threads':>7}{'ms':>14}{'ms':>10}{'ratio':>9}"
+        f"{'vs fp32':>10}{'vs fp32':>10}{'grid_sample':>14}{'msda':>9}"
+    )
+    all_cores = os.cpu_count() or 1
+    for name in options.workload or WORKLOADS:
+        assert_equal(WORKLOADS[name](torch.float32))
+        for threads in options.threads or sorted({1, all_cores}):
+            for direction in ("forward", "backward"):
+                row = measure(name, direction, threads, options.seconds)
+                results["rows"].append(row)
+                print_row(row)
+    print("\nratio: time of the grid_sample core over ours, medians of one run; more is better.")
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        print(f"written: {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
