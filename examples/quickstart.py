@@ -265,7 +265,8 @@ def draw(model: Model, photo: Image.Image, image: Tensor, title: str, output: Pa
         keys.append(plt.scatter([], [], s=area, color="white", label=label, **edge))
     figure.legend(handles=keys, loc="lower center", ncols=len(keys), frameon=False)
     figure.suptitle(title)
-    figure.subplots_adjust(0.01, 0.07, 0.99, 0.91, wspace=0.02, hspace=0.03)
+    inch = 1 / figure.get_figheight()
+    figure.subplots_adjust(0.01, 0.6 * inch, 0.99, 1 - 0.75 * inch, wspace=0.02, hspace=0.03)
     figure.savefig(output, format="png", dpi=100)
 
 
@@ -289,7 +290,11 @@ def main() -> None:
     """Train, compare, time, draw."""
     arguments = parse_arguments()
     original = load_photo(arguments.image)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    try:  # before the work, not after it
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.open("ab").close()
+    except OSError as error:
+        sys.exit(f"Cannot write the picture {arguments.output}: {error.strerror}.")
     small = resize(original, min(arguments.short_side, TRAIN_SHORT_SIDE), CELL)
     photo = resize(original, arguments.short_side)
 

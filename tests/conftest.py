@@ -307,8 +307,8 @@ def random_like_output(inputs, seed=7):
 def off_edges(inputs, margin=0.01):
     """Move each sample ``margin`` of a pixel away from the cell edges.
 
-    There the derivative of bilinear interpolation jumps (and the nearest pixel changes), so that two
-    right answers may differ in the last bit of a coordinate and by far in the result.
+    There the derivative of bilinear interpolation jumps, and the nearest pixel changes: two right
+    answers may differ in the last bit of a coordinate and by far in the result.
     """
     shapes, num_levels = inputs.spatial_shapes, len(inputs.spatial_shapes)
     fused = isinstance(inputs, FusedInputs)

@@ -1,4 +1,4 @@
-"""The operator's gradients are those of the float64 reference, together and each alone."""
+"""The gradients are those of the float64 reference, together and each alone."""
 
 import itertools
 import math
@@ -17,7 +17,6 @@ from conftest import (
     assert_gradients_close,
     assert_same_bits,
     awkward_sizes,
-    call,
     compute,
     compute_gradients,
     every_dtype,
@@ -216,7 +215,7 @@ def test_many_heads_and_points_of_16_bits_do_not_saturate_grad_reference_points(
     assert gradients["reference_points"].flatten().tolist() == [8 * 4, -8 * 1.5]
 
 
-# ---- samples that do not count, pixels that are not read ------------------------------------------
+# ---- samples that do not count, pixels that are not read -----------------------------------------
 
 BAD_NUMBERS = [math.nan, math.inf, -math.inf, 1e30, -1e30, 3.0, -2.0]
 

@@ -1,4 +1,4 @@
-"""Wrong input is refused before any kernel runs: `<name> must <rule>, got <value>`, nothing printed."""
+"""Wrong input is refused in the form `<name> must <rule>, got <value>`, and nothing is printed."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def refused(cases):
     return pytest.mark.parametrize(("changes", "message"), cases)
 
 
-# ---- value, shapes, points: what both functions take -----------------------------------------------
+# ---- value, shapes, points: what both functions take ---------------------------------------------
 
 _METADATA = [
     (

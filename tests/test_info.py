@@ -1,4 +1,4 @@
-"""msda says what was built, what is live and why; environment variables choose, and misspelt ones fail."""
+"""msda says what is live and why; environment variables choose it, and misspelt ones fail."""
 
 import os
 import shutil
@@ -113,9 +113,9 @@ for wrong in (
     dict(value=value.int()),
     dict(weights=points[:, :, :, :1, :, 0]),
 ):
-    arguments = right | wrong
+    value, shapes, weights = (right | wrong).values()
     try:
-        msda.ms_deform_attn(arguments["value"], arguments["shapes"], None, points, arguments["weights"])
+        msda.ms_deform_attn(value, shapes, None, points, weights)
     except (RuntimeError, ValueError, TypeError) as error:
         print(error)
     else:

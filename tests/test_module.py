@@ -16,7 +16,7 @@ NUM_KEYS = 69
 
 
 def make_module(device="cpu", n_points=3, **options):
-    """A module of 12 channels, 2 levels and 3 heads whose offsets and attention depend on queries."""
+    """12 channels, 2 levels and 3 heads; offsets and attention depend on the queries."""
     module = MSDeformAttn(d_model=12, n_levels=2, n_heads=3, n_points=n_points)
     nn.init.normal_(module.sampling_offsets.weight, std=0.3)
     nn.init.normal_(module.attention_weights.weight)

@@ -18,7 +18,7 @@ MAP, SHAPE = [1.0, 2.0, 3.0, 4.0], [(2, 2)]
 
 
 def attend(values, shapes, samples, **options):
-    """The reference for B = Q = M = D = 1 and float64: samples are (x, y, weight), levels in order."""
+    """The float64 reference for B = Q = M = D = 1; samples are (x, y, weight), levels in order."""
     value = torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
     table = torch.tensor(samples, dtype=torch.float64).view(1, 1, 1, -1, 3)
     counts = options.pop("num_points", [len(samples)])
@@ -136,7 +136,7 @@ def test_gradients_worked_out_by_hand():
 
 
 def test_fused_worked_out_by_hand_for_points():
-    # Offsets are in pixels: from the centre of the map to pixels 1 and 4, a whole pixel further out.
+    # Offsets are in pixels: from the centre of the map to pixels 1 and 4, and one pixel too far.
     offsets = torch.tensor([[-0.5, -0.5], [0.5, 0.5], [1.5, 0.5]], dtype=torch.float64)
     logits = torch.tensor([1.0, 3.0, 2.0], dtype=torch.float64).log()
     output = ms_deform_attn_fused_reference(

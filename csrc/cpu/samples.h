@@ -247,16 +247,12 @@ class Samples {
           given(problem_.weights, first_sample + begin_, count_, padded_, given_weights_.get());
     }
     const PixelTransform<Real> to_pixels = transform(slot);
-    for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
-      if (problem_.nearest) {
-        prepare_nearest(i, to_pixels);
-      } else {
-        prepare_bilinear(i, to_pixels);
-      }
+    if (problem_.nearest) {
+      prepare_nearest(to_pixels, value_rows, grad_rows);
+    } else {
+      prepare_bilinear(to_pixels, value_rows, grad_rows);
     }
-    if (problem_.padding_mask != nullptr) drop_padding(b);
-    set_offsets(value_rows, value_offset_.get());
-    if (grad_rows != nullptr) set_offsets(*grad_rows, grad_offset_.get());
+    if (problem_.padding_mask != nullptr) drop_padding(b, value_rows, grad_rows);
   }
 
  private:
@@ -314,109 +310,130 @@ class Samples {
     for (int64_t i = 0; i < count_; ++i) given_weights_[i] = given_weights_[begin_ + i] * scale;
   }
 
-  void prepare_bilinear(int64_t i, const PixelTransform<Real>& to_pixels) {
-    Vec<Real> x, y;
-    load_pairs(points_ + 2 * i, x, y);
-    x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
-    y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
+  // The buffers as plain pointers, which the compiler can keep in registers: stores might otherwise
+  // be taken to change the members.
+  struct Pointers {
+    const Real *points, *weights, *width, *height;
+    const int64_t *map_width, *level_start;
+    Real *corner_weight, *fx, *fy, *attention;
+    index_t<Real>* corners;
+    int64_t *key, *value_offset, *grad_offset;
+  };
 
-    const Vec<Real> width = load(width_.get() + i), height = load(height_.get() + i);
-    const IntVec<Real> counts = sample_counts(x, y, width, height);
-    x = counts ? x : Vec<Real>{};
-    y = counts ? y : Vec<Real>{};
-    const Vec<Real> attention = counts ? load(weights_ + i) : Vec<Real>{};
+  Pointers pointers() {
+    return {points_,          weights_,           width_.get(),  height_.get(),
+            map_width_.get(), level_start_.get(), corner_weight_.get(),
+            fx_.get(),        fy_.get(),          attention_.get(),
+            corners_.get(),   key_.get(),         value_offset_.get(), grad_offset_.get()};
+  }
 
-    // Floor: truncate, then step down where that rounded up (a mask is -1 where true).
-    IntVec<Real> x0 = __builtin_convertvector(x, IntVec<Real>);
-    IntVec<Real> y0 = __builtin_convertvector(y, IntVec<Real>);
-    x0 += x < __builtin_convertvector(x0, Vec<Real>);
-    y0 += y < __builtin_convertvector(y0, Vec<Real>);
-    const Vec<Real> fx = x - __builtin_convertvector(x0, Vec<Real>);
-    const Vec<Real> fy = y - __builtin_convertvector(y0, Vec<Real>);
+  void prepare_bilinear(const PixelTransform<Real>& to_pixels, const Rows& value_rows,
+                        const Rows* grad_rows) {
+    const Pointers p = pointers();
+    const int64_t padded = padded_;
+    for (int64_t i = 0; i < padded; i += kLanes<Real>) {
+      Vec<Real> x, y;
+      load_pairs(p.points + 2 * i, x, y);
+      x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
+      y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
 
-    const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x < width - 1);
-    const IntVec<Real> north = y0 >= 0, south = y < height - 1;
-    const IntVec<Real> corners =
-        (west & north & 1) | (east & north & 2) | (west & south & 4) | (east & south & 8);
+      const Vec<Real> width = load(p.width + i), height = load(p.height + i);
+      const IntVec<Real> counts = sample_counts(x, y, width, height);
+      x = counts ? x : Vec<Real>{};
+      y = counts ? y : Vec<Real>{};
+      const Vec<Real> attention = counts ? load(p.weights + i) : Vec<Real>{};
 
-    const Corners<Vec<Real>> weights = corner_weights(fx, fy);
-    store(corner_weight_.get() + kNw * padded_ + i, attention * weights.nw);
-    store(corner_weight_.get() + kNe * padded_ + i, attention * weights.ne);
-    store(corner_weight_.get() + kSw * padded_ + i, attention * weights.sw);
-    store(corner_weight_.get() + kSe * padded_ + i, attention * weights.se);
-    store(fx_.get() + i, fx);
-    store(fy_.get() + i, fy);
-    store(attention_.get() + i, attention);
-    store_as(corners_.get() + i, corners);
-    store_keys(i, x0, y0);
+      // Floor: truncate, then step down where that rounded up (a mask is -1 where true).
+      IntVec<Real> x0 = __builtin_convertvector(x, IntVec<Real>);
+      IntVec<Real> y0 = __builtin_convertvector(y, IntVec<Real>);
+      x0 += x < __builtin_convertvector(x0, Vec<Real>);
+      y0 += y < __builtin_convertvector(y0, Vec<Real>);
+      const Vec<Real> fx = x - __builtin_convertvector(x0, Vec<Real>);
+      const Vec<Real> fy = y - __builtin_convertvector(y0, Vec<Real>);
+      const Corners<Vec<Real>> weights = corner_weights(fx, fy);
+      store(p.corner_weight + kNw * padded + i, attention * weights.nw);
+      store(p.corner_weight + kNe * padded + i, attention * weights.ne);
+      store(p.corner_weight + kSw * padded + i, attention * weights.sw);
+      store(p.corner_weight + kSe * padded + i, attention * weights.se);
+      store(p.fx + i, fx);
+      store(p.fy + i, fy);
+      store(p.attention + i, attention);
+
+      const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x < width - 1);
+      const IntVec<Real> north = y0 >= 0, south = y < height - 1;
+      place(p, i, x0, y0, {west & north, east & north, west & south, east & south}, value_rows,
+            grad_rows);
+    }
   }
 
   // One pixel per sample, which takes the place of the north-west corner. A location beyond the map
   // reads the pixel at its edge; one that is not finite does not count.
-  void prepare_nearest(int64_t i, const PixelTransform<Real>& to_pixels) {
-    Vec<Real> x, y;
-    load_pairs(points_ + 2 * i, x, y);
-    x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
-    y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
-    const IntVec<Real> counts = (x - x == 0) & (y - y == 0);
-
-    const Vec<Real> last_x = load(width_.get() + i) - 1, last_y = load(height_.get() + i) - 1;
-    x = (x > 0) & counts ? x : Vec<Real>{};
-    y = (y > 0) & counts ? y : Vec<Real>{};
-    x = x < last_x ? x : last_x;
-    y = y < last_y ? y : last_y;
-    const Vec<Real> attention = counts ? load(weights_ + i) : Vec<Real>{};
-    store(corner_weight_.get() + kNw * padded_ + i, attention);
-    for (int c = kNe; c <= kSe; ++c) store(corner_weight_.get() + c * padded_ + i, Vec<Real>{});
-    store(fx_.get() + i, Vec<Real>{});
-    store(fy_.get() + i, Vec<Real>{});
-    store(attention_.get() + i, attention);
-    store_as(corners_.get() + i, counts & 1);
-    store_keys(i, __builtin_convertvector(x, IntVec<Real>),
-               __builtin_convertvector(y, IntVec<Real>));
-  }
-
-  // The key of the north-west pixel, which may lie outside the map. 64 bits: a map may have more
-  // than 2^31 pixels.
-  void store_keys(int64_t i, IntVec<Real> x0, IntVec<Real> y0) {
-    for (int part = 0; part < kLanes<Real>; part += kLanes<int64_t>) {
-      const Vec<int64_t> key =
-          load_as<Vec<int64_t>>(level_start_.get() + i + part) +
-          widen(y0, part) * load_as<Vec<int64_t>>(map_width_.get() + i + part) + widen(x0, part);
-      store_as(key_.get() + i + part, key);
-    }
-  }
-
-  void set_offsets(const Rows& rows, int64_t* offsets) {
+  void prepare_nearest(const PixelTransform<Real>& to_pixels, const Rows& value_rows,
+                       const Rows* grad_rows) {
+    const Pointers p = pointers();
     for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
-      const IntVec<Real> all_corners = load_as<IntVec<Real>>(corners_.get() + i);
-      for (int part = 0; part < kLanes<Real>; part += kLanes<int64_t>) {
-        const int64_t j = i + part;
-        const Vec<int64_t> corners = widen(all_corners, part);
-        const Vec<int64_t> nowhere = broadcast(rows.nowhere);
-        const Vec<int64_t> map_width = load_as<Vec<int64_t>>(map_width_.get() + j);
-        const Vec<int64_t> north =
-            (load_as<Vec<int64_t>>(key_.get() + j) - rows.first_key) * rows.key_stride;
-        const Vec<int64_t> south = north + map_width * rows.key_stride;
-        const auto put = [&](int corner, Vec<int64_t> offset) {
-          store_as(offsets + corner * padded_ + j,
-                   (corners & (1 << corner)) != 0 ? offset : nowhere);
-        };
-        put(kNw, north);
-        put(kNe, north + rows.key_stride);
-        put(kSw, south);
-        put(kSe, south + rows.key_stride);
-      }
+      Vec<Real> x, y;
+      load_pairs(p.points + 2 * i, x, y);
+      x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
+      y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
+      const IntVec<Real> counts = (x - x == 0) & (y - y == 0);
+
+      const Vec<Real> last_x = load(p.width + i) - 1, last_y = load(p.height + i) - 1;
+      x = (x > 0) & counts ? x : Vec<Real>{};
+      y = (y > 0) & counts ? y : Vec<Real>{};
+      x = x < last_x ? x : last_x;
+      y = y < last_y ? y : last_y;
+      const Vec<Real> attention = counts ? load(p.weights + i) : Vec<Real>{};
+      store(p.corner_weight + kNw * padded_ + i, attention);
+      for (int c = kNe; c <= kSe; ++c) store(p.corner_weight + c * padded_ + i, Vec<Real>{});
+      store(p.fx + i, Vec<Real>{});
+      store(p.fy + i, Vec<Real>{});
+      store(p.attention + i, attention);
+      place(p, i, __builtin_convertvector(x, IntVec<Real>), __builtin_convertvector(y, IntVec<Real>),
+            {counts, IntVec<Real>{}, IntVec<Real>{}, IntVec<Real>{}}, value_rows, grad_rows);
     }
   }
 
-  // Clears the corners that lie on padded pixels.
-  void drop_padding(int64_t b) {
+  // Stores where the corners of a vector of samples lie. `read` tells, corner by corner, who reads
+  // it. 64 bits, because a map may have more than 2^31 pixels.
+  void place(const Pointers& p, int64_t i, IntVec<Real> x0, IntVec<Real> y0,
+             const Corners<IntVec<Real>>& read, const Rows& value_rows, const Rows* grad_rows) {
+    store_as(p.corners + i, (read.nw & (1 << kNw)) | (read.ne & (1 << kNe)) |
+                                (read.sw & (1 << kSw)) | (read.se & (1 << kSe)));
+    for (int part = 0; part < kLanes<Real>; part += kLanes<int64_t>) {
+      const int64_t j = i + part;
+      const Vec<int64_t> map_width = load_as<Vec<int64_t>>(p.map_width + j);
+      const Vec<int64_t> key = load_as<Vec<int64_t>>(p.level_start + j) +
+                               widen(y0, part) * map_width + widen(x0, part);
+      const Corners<Vec<int64_t>> reads{widen(read.nw, part), widen(read.ne, part),
+                                        widen(read.sw, part), widen(read.se, part)};
+      store_as(p.key + j, key);
+      store_offsets(p.value_offset + j, key, map_width, reads, value_rows);
+      if (grad_rows) store_offsets(p.grad_offset + j, key, map_width, reads, *grad_rows);
+    }
+  }
+
+  void store_offsets(int64_t* offsets, Vec<int64_t> key, Vec<int64_t> map_width,
+                     const Corners<Vec<int64_t>>& read, const Rows& rows) {
+    const Vec<int64_t> nowhere = broadcast(rows.nowhere);
+    const Vec<int64_t> north = (key - rows.first_key) * rows.key_stride;
+    const Vec<int64_t> south = north + map_width * rows.key_stride;
+    store_as(offsets + kNw * padded_, read.nw ? north : nowhere);
+    store_as(offsets + kNe * padded_, read.ne ? north + rows.key_stride : nowhere);
+    store_as(offsets + kSw * padded_, read.sw ? south : nowhere);
+    store_as(offsets + kSe * padded_, read.se ? south + rows.key_stride : nowhere);
+  }
+
+  // Turns away from the corners that lie on padded pixels.
+  void drop_padding(int64_t b, const Rows& value_rows, const Rows* grad_rows) {
     const bool* const mask = problem_.padding_mask + b * problem_.num_keys;
     for (int64_t i = 0; i < count_; ++i) {
       for (int c = 0; c < kNumCorners; ++c) {
         if ((corners_[i] >> c & 1) == 0) continue;
-        if (mask[key_[i] + c % 2 + c / 2 * map_width_[i]]) corners_[i] &= ~(index_t<Real>(1) << c);
+        if (!mask[key_[i] + c % 2 + c / 2 * map_width_[i]]) continue;
+        corners_[i] &= ~(index_t<Real>(1) << c);
+        value_offset_[c * padded_ + i] = value_rows.nowhere;
+        if (grad_rows) grad_offset_[c * padded_ + i] = grad_rows->nowhere;
       }
     }
   }

@@ -241,6 +241,23 @@ inline void store_pairs(Real* p, Vec<Real> x, Vec<Real> y) {
   store(p + kLanes<Real>, interleave(x, y, 1, lanes));
 }
 
+// Lane j of v = load(p) in all lanes; `index` holds j in all lanes. From the register where the
+// instruction set can, because load ports are what the kernels are short of.
+inline Vec<double> broadcast_lane(Vec<double>, IntVec<double>, const double* p, int j) {
+  return broadcast(p[j]);
+}
+
+inline Vec<float> broadcast_lane([[maybe_unused]] Vec<float> v, [[maybe_unused]] IntVec<float> index,
+                                 [[maybe_unused]] const float* p, [[maybe_unused]] int j) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_permutevar8x32_ps((__m256)v, (__m256i)index);
+#else
+  return broadcast(p[j]);
+#endif
+}
+
 template <class V>
 inline auto sum_lanes(V v) {
   auto sum = v[0];
