@@ -1,7 +1,7 @@
 """Write the tables of README.md from committed result files: ``python benchmarks/report.py``.
 
-Each table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. With ``--check`` nothing
-is written, and the exit status is 1 if README.md does not say what the files say.
+Each table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. With ``--check``
+nothing is written, and the exit status is 1 if README.md does not say what the files say.
 """
 
 from __future__ import annotations

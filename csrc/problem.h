@@ -10,6 +10,10 @@ namespace msda {
 
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
 // A dense row-major array whose element type is known at run time only. data is null where absent.
 struct ConstArray {
   const void* data = nullptr;

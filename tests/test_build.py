@@ -1,4 +1,4 @@
-"""The build says in one sentence what it lacks, and decides about CUDA without looking for a GPU."""
+"""The build says in one sentence what it lacks, and decides about CUDA without asking for a GPU."""
 
 import importlib.util
 import os
@@ -79,7 +79,7 @@ def test_a_missing_torch_is_one_sentence(setup_py, monkeypatch):
     hide(monkeypatch, setup_py)
     monkeypatch.setattr(setup_py, "find_torch", lambda: None)
     with pytest.raises(
-        SystemExit, match="^msda: torch >= 2.10 is needed to build, .*: pip install"
+        SystemExit, match=r"^msda: torch >= 2\.10 is needed to build, .*: pip install"
     ):
         setup_py.require_tools()
 
@@ -87,7 +87,7 @@ def test_a_missing_torch_is_one_sentence(setup_py, monkeypatch):
 def test_an_old_torch_is_one_sentence(setup_py, monkeypatch, tmp_path):
     hide(monkeypatch, setup_py)
     monkeypatch.setenv("MSDA_TORCH_ROOT", str(fake_torch(tmp_path, "2.9")))
-    with pytest.raises(SystemExit, match=r"^msda: torch >= 2.10 is needed to build, got 2\.9 in "):
+    with pytest.raises(SystemExit, match=r"^msda: torch >= 2\.10 is needed to build, got 2\.9 in "):
         setup_py.require_tools()
 
 

@@ -246,6 +246,10 @@ class Samples {
       weights_ =
           given(problem_.weights, first_sample + begin_, count_, padded_, given_weights_.get());
     }
+    prefetch(problem_.points, 2 * (first_sample + problem_.num_heads * problem_.num_samples),
+             2 * problem_.num_samples);
+    prefetch(problem_.weights, first_sample + problem_.num_heads * problem_.num_samples,
+             problem_.num_samples);
     const PixelTransform<Real> to_pixels = transform(slot);
     if (problem_.nearest) {
       prepare_nearest(to_pixels, value_rows, grad_rows);
@@ -256,6 +260,17 @@ class Samples {
   }
 
  private:
+  // Asks for count elements from offset on, of the next query: the walk, head by head, jumps too
+  // far for the machine to foresee it.
+  static void prefetch(const ConstArray& array, int64_t offset, int64_t count) {
+    constexpr int64_t kCacheLine = 64;
+    const int64_t size = element_size(array.dtype);
+    const char* const base = static_cast<const char*>(array.data);
+    for (int64_t byte = 0; byte < count * size; byte += kCacheLine) {
+      __builtin_prefetch(base + offset * size + byte);
+    }
+  }
+
   static int64_t count_points(const Problem& problem, int64_t first_level, int64_t last_level) {
     int64_t count = 0;
     for (int64_t l = first_level; l < last_level; ++l) count += problem.levels[l].num_points;
@@ -321,10 +336,20 @@ class Samples {
   };
 
   Pointers pointers() {
-    return {points_,          weights_,           width_.get(),  height_.get(),
-            map_width_.get(), level_start_.get(), corner_weight_.get(),
-            fx_.get(),        fy_.get(),          attention_.get(),
-            corners_.get(),   key_.get(),         value_offset_.get(), grad_offset_.get()};
+    return {points_,
+            weights_,
+            width_.get(),
+            height_.get(),
+            map_width_.get(),
+            level_start_.get(),
+            corner_weight_.get(),
+            fx_.get(),
+            fy_.get(),
+            attention_.get(),
+            corners_.get(),
+            key_.get(),
+            value_offset_.get(),
+            grad_offset_.get()};
   }
 
   void prepare_bilinear(const PixelTransform<Real>& to_pixels, const Rows& value_rows,
@@ -361,8 +386,9 @@ class Samples {
 
       const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x < width - 1);
       const IntVec<Real> north = y0 >= 0, south = y < height - 1;
-      place(p, i, x0, y0, {west & north, east & north, west & south, east & south}, value_rows,
-            grad_rows);
+      const IntVec<Real> corners = (west & north & (1 << kNw)) | (east & north & (1 << kNe)) |
+                                   (west & south & (1 << kSw)) | (east & south & (1 << kSe));
+      place(p, i, x0, y0, corners, value_rows, grad_rows);
     }
   }
 
@@ -389,39 +415,40 @@ class Samples {
       store(p.fx + i, Vec<Real>{});
       store(p.fy + i, Vec<Real>{});
       store(p.attention + i, attention);
-      place(p, i, __builtin_convertvector(x, IntVec<Real>), __builtin_convertvector(y, IntVec<Real>),
-            {counts, IntVec<Real>{}, IntVec<Real>{}, IntVec<Real>{}}, value_rows, grad_rows);
+      place(p, i, __builtin_convertvector(x, IntVec<Real>),
+            __builtin_convertvector(y, IntVec<Real>), counts & (1 << kNw), value_rows, grad_rows);
     }
   }
 
-  // Stores where the corners of a vector of samples lie. `read` tells, corner by corner, who reads
-  // it. 64 bits, because a map may have more than 2^31 pixels.
-  void place(const Pointers& p, int64_t i, IntVec<Real> x0, IntVec<Real> y0,
-             const Corners<IntVec<Real>>& read, const Rows& value_rows, const Rows* grad_rows) {
-    store_as(p.corners + i, (read.nw & (1 << kNw)) | (read.ne & (1 << kNe)) |
-                                (read.sw & (1 << kSw)) | (read.se & (1 << kSe)));
+  // Stores where the corners of a vector of samples lie. 64 bits, because a map may have more than
+  // 2^31 pixels.
+  void place(const Pointers& p, int64_t i, IntVec<Real> x0, IntVec<Real> y0, IntVec<Real> corners,
+             const Rows& value_rows, const Rows* grad_rows) {
+    store_as(p.corners + i, corners);
     for (int part = 0; part < kLanes<Real>; part += kLanes<int64_t>) {
       const int64_t j = i + part;
       const Vec<int64_t> map_width = load_as<Vec<int64_t>>(p.map_width + j);
-      const Vec<int64_t> key = load_as<Vec<int64_t>>(p.level_start + j) +
-                               widen(y0, part) * map_width + widen(x0, part);
-      const Corners<Vec<int64_t>> reads{widen(read.nw, part), widen(read.ne, part),
-                                        widen(read.sw, part), widen(read.se, part)};
+      const Vec<int64_t> key =
+          load_as<Vec<int64_t>>(p.level_start + j) + widen(y0, part) * map_width + widen(x0, part);
       store_as(p.key + j, key);
-      store_offsets(p.value_offset + j, key, map_width, reads, value_rows);
-      if (grad_rows) store_offsets(p.grad_offset + j, key, map_width, reads, *grad_rows);
+      const Vec<int64_t> wide_corners = widen(corners, part);
+      store_offsets(p.value_offset + j, key, map_width, wide_corners, value_rows);
+      if (grad_rows) store_offsets(p.grad_offset + j, key, map_width, wide_corners, *grad_rows);
     }
   }
 
   void store_offsets(int64_t* offsets, Vec<int64_t> key, Vec<int64_t> map_width,
-                     const Corners<Vec<int64_t>>& read, const Rows& rows) {
+                     Vec<int64_t> corners, const Rows& rows) {
     const Vec<int64_t> nowhere = broadcast(rows.nowhere);
     const Vec<int64_t> north = (key - rows.first_key) * rows.key_stride;
     const Vec<int64_t> south = north + map_width * rows.key_stride;
-    store_as(offsets + kNw * padded_, read.nw ? north : nowhere);
-    store_as(offsets + kNe * padded_, read.ne ? north + rows.key_stride : nowhere);
-    store_as(offsets + kSw * padded_, read.sw ? south : nowhere);
-    store_as(offsets + kSe * padded_, read.se ? south + rows.key_stride : nowhere);
+    const auto put = [&](int corner, Vec<int64_t> offset) {
+      store_as(offsets + corner * padded_, (corners & (1 << corner)) != 0 ? offset : nowhere);
+    };
+    put(kNw, north);
+    put(kNe, north + rows.key_stride);
+    put(kSw, south);
+    put(kSe, south + rows.key_stride);
   }
 
   // Turns away from the corners that lie on padded pixels.

@@ -247,7 +247,8 @@ inline Vec<double> broadcast_lane(Vec<double>, IntVec<double>, const double* p, 
   return broadcast(p[j]);
 }
 
-inline Vec<float> broadcast_lane([[maybe_unused]] Vec<float> v, [[maybe_unused]] IntVec<float> index,
+inline Vec<float> broadcast_lane([[maybe_unused]] Vec<float> v,
+                                 [[maybe_unused]] IntVec<float> index,
                                  [[maybe_unused]] const float* p, [[maybe_unused]] int j) {
 #if defined(__AVX512F__)
   return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, (__m512)v);
