@@ -236,6 +236,15 @@ def test_samples_outside_or_not_finite_have_exactly_zero_gradients(device, bad, 
         assert_same_bits(gradient + 0, expected[name] + 0)  # + 0: no matter which zero
 
 
+def test_infinite_grad_output_does_not_reach_samples_that_do_not_count(device):
+    inputs = make_inputs(SHAPES, **SIZES, device=device)
+    inputs.sampling_locations[:, :, :, :, 1, 0] = math.nan
+    grad_output = torch.full_like(random_like_output(inputs), math.inf)
+    gradients = all_gradients(inputs, grad_output)
+    assert gradients["sampling_locations"][:, :, :, :, 1].eq(0).all()
+    assert gradients["attention_weights"][:, :, :, :, 1].eq(0).all()
+
+
 @pytest.mark.parametrize("reference_size", [2, 4], ids=["points", "boxes"])
 @pytest.mark.parametrize("bad", BAD_NUMBERS, ids=str)
 def test_offsets_far_away_or_not_finite_give_and_get_no_gradient(device, bad, reference_size):

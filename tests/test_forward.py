@@ -24,6 +24,7 @@ from conftest import (
 )
 from msda.testing import (
     TOLERANCES,
+    FusedInputs,
     Inputs,
     make_fused_inputs,
     make_inputs,
@@ -198,6 +199,21 @@ def test_softmax_of_logits_far_apart(device, spread):
     inputs = make_fused_inputs(SHAPES, **SIZES, device=device)
     inputs = replace(inputs, attention_logits=inputs.attention_logits * spread)
     assert_close(compute(inputs), compute_exactly(inputs))
+
+
+def test_softmax_is_precise_to_a_few_ulp_for_any_distance_of_logits(device):
+    # Two maps of one pixel, 0 and 1: the output is the second sample's weight.
+    distance = torch.linspace(0, 86, 4001, device=device)
+    logits = torch.stack([torch.zeros_like(distance), -distance], -1)
+    inputs = FusedInputs(
+        torch.tensor([0.0, 1.0], device=device).view(1, 2, 1, 1),
+        [(1, 1), (1, 1)],
+        torch.full((1, 4001, 1, 2), 0.5, device=device),
+        torch.zeros(1, 4001, 1, 2, 1, 2, device=device),
+        logits.view(1, 4001, 1, 2, 1),
+    )
+    output, expected = compute(inputs).double().cpu(), compute_exactly(inputs)
+    assert ((output - expected).abs() / expected).max() < 4 * 2**-23
 
 
 def test_softmax_does_not_overflow_for_large_logits(device):
@@ -417,15 +433,27 @@ def slice_of_a_larger_one(tensor):
     return larger[..., 2:-1]
 
 
-def every_other_of_twice_as_many(tensor):
+def every_other_one(tensor):
     return tensor.repeat_interleave(2, dim=1)[:, ::2]
+
+
+def off_by_one_byte(tensor):
+    raw = bytearray(1) + bytearray(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    unaligned = torch.frombuffer(raw, dtype=tensor.dtype, offset=1).view(tensor.shape)
+    return unaligned.to(tensor.device)
 
 
 @every_dtype
 @every_form
 @pytest.mark.parametrize(
     "layout",
-    [transposed, offset_by_one_element, slice_of_a_larger_one, every_other_of_twice_as_many],
+    [
+        transposed,
+        offset_by_one_element,
+        slice_of_a_larger_one,
+        every_other_one,
+        off_by_one_byte,
+    ],
 )
 def test_memory_layout_changes_nothing(device, make, layout, dtype):
     inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)

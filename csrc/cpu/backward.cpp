@@ -37,37 +37,42 @@ void backward_channels(const Samples<acc_t<T>>& samples, const T* value, const T
     g[k] = kPartial ? load_partial(grad_output, channels) : load(grad_output + k * kStep);
   }
 
-  const int64_t count = samples.count(), padded = samples.padded();
-  const int64_t* const value_offset = samples.value_offset();
-  const int64_t* const grad_offset = samples.grad_offset();
-  const Real* const weight = samples.corner_weight();
-  for (int64_t i = 0; i < count; ++i) {
-    Vec<Real> dot[kNumCorners] = {};
-    for (int c = 0; c < kNumCorners; ++c) {
-      if constexpr (kDots) {
-        const T* const pixel = value + value_offset[c * padded + i];
-        for (int k = 0; k < kVectors; ++k) {
-          dot[c] += g[k] * (kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep));
+  const int64_t count = samples.count();
+  for (int64_t i = 0; i < count; i += kStep) {
+    const int group = int(count - i < kStep ? count - i : kStep);
+    const int64_t* const value_offset = samples.value_offset() + kNumCorners * i;
+    const int64_t* const grad_offset = samples.grad_offset() + kNumCorners * i;
+    const Real* const weight = samples.corner_weight() + kNumCorners * i;
+    Vec<Real> weights[kNumCorners];
+    for (int c = 0; c < kNumCorners; ++c) weights[c] = load(weight + c * kStep);
+    IntVec<Real> index = {};
+    for (int j = 0; j < group; ++j, index += 1) {
+      Vec<Real> dot[kNumCorners] = {};
+      for (int c = 0; c < kNumCorners; ++c) {
+        if constexpr (kDots) {
+          const T* const pixel = value + value_offset[c * kStep + j];
+          for (int k = 0; k < kVectors; ++k) {
+            dot[c] += g[k] * (kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep));
+          }
         }
-      }
-      if constexpr (kScatter) {
-        Real* const pixel = grad_value + grad_offset[c * padded + i];
-        const Vec<Real> w = broadcast(weight[c * padded + i]);
-        for (int k = 0; k < kVectors; ++k) {
-          Real* const p = pixel + k * kStep;
-          if constexpr (kPartial) {
-            store_partial(p, load_partial(p, channels) + g[k] * w, channels);
-          } else {
-            store(p, load(p) + g[k] * w);
+        if constexpr (kScatter) {
+          Real* const pixel = grad_value + grad_offset[c * kStep + j];
+          const Vec<Real> w = broadcast_lane(weights[c], index, weight + c * kStep, j);
+          for (int k = 0; k < kVectors; ++k) {
+            Real* const p = pixel + k * kStep;
+            if constexpr (kPartial) {
+              store_partial(p, load_partial(p, channels) + g[k] * w, channels);
+            } else {
+              store(p, load(p) + g[k] * w);
+            }
           }
         }
       }
-    }
-    if constexpr (kDots) {
-      Real sums[kNumCorners];
-      store_lane_sums(sums, dot[kNw], dot[kNe], dot[kSw], dot[kSe]);
-      for (int c = 0; c < kNumCorners; ++c) {
-        dots[4 * i + c] = first_channels ? sums[c] : dots[4 * i + c] + sums[c];
+      if constexpr (kDots) {
+        Real* const sums = dots + kNumCorners * (i + j);
+        auto sum = lane_sums(dot[kNw], dot[kNe], dot[kSw], dot[kSe]);
+        if (!first_channels) sum += load_as<decltype(sum)>(sums);
+        store_as(sums, sum);
       }
     }
   }

@@ -23,18 +23,18 @@ void gather(const Samples<acc_t<T>>& samples, const T* value, int channels, T* o
   constexpr int kChains = kVectors >= 4 ? 1 : kVectors == 2 ? 2 : 4;
   Vec<Real> sum[kChains][kVectors] = {};
 
-  const int64_t count = samples.count(), padded = samples.padded();
-  const int64_t* const offset = samples.value_offset();
-  const Real* const weight = samples.corner_weight();
+  const int64_t count = samples.count();
   for (int64_t i = 0; i < count; i += kStep) {
     const int group = int(count - i < kStep ? count - i : kStep);
+    const int64_t* const offset = samples.value_offset() + kNumCorners * i;
+    const Real* const weight = samples.corner_weight() + kNumCorners * i;
     Vec<Real> weights[kNumCorners];
-    for (int c = 0; c < kNumCorners; ++c) weights[c] = load(weight + c * padded + i);
+    for (int c = 0; c < kNumCorners; ++c) weights[c] = load(weight + c * kStep);
     IntVec<Real> index = {};
     for (int j = 0; j < group; ++j, index += 1) {
       for (int c = 0; c < kNumCorners; ++c) {
-        const T* const pixel = value + offset[c * padded + i + j];
-        const Vec<Real> w = broadcast_lane(weights[c], index, weight + c * padded + i, j);
+        const T* const pixel = value + offset[c * kStep + j];
+        const Vec<Real> w = broadcast_lane(weights[c], index, weight + c * kStep, j);
         for (int k = 0; k < kVectors; ++k) {
           const Vec<Real> v = kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep);
           sum[c % kChains][k] += v * w;

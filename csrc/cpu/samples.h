@@ -186,8 +186,12 @@ class Samples {
   const Real* attention() const { return attention_.get(); }
   const Real* weights() const { return weights_; }
 
-  // For corner c of sample i, at [c * padded + i]: attention times corner weight, and the offsets
-  // of the pixel in value and in grad_value.
+  // For corner c of sample i, at corner_index(c, i): attention times corner weight, and the offsets
+  // of the pixel in value and in grad_value. Vectors of samples, corners within: a loop over one
+  // such vector reads all four corners through one pointer.
+  static int64_t corner_index(int c, int64_t i) {
+    return (i / kLanes<Real> * kNumCorners + c) * kLanes<Real> + i % kLanes<Real>;
+  }
   const Real* corner_weight() const { return corner_weight_.get(); }
   const int64_t* value_offset() const { return value_offset_.get(); }
   const int64_t* grad_offset() const { return grad_offset_.get(); }
@@ -376,10 +380,10 @@ class Samples {
       const Vec<Real> fx = x - __builtin_convertvector(x0, Vec<Real>);
       const Vec<Real> fy = y - __builtin_convertvector(y0, Vec<Real>);
       const Corners<Vec<Real>> weights = corner_weights(fx, fy);
-      store(p.corner_weight + kNw * padded + i, attention * weights.nw);
-      store(p.corner_weight + kNe * padded + i, attention * weights.ne);
-      store(p.corner_weight + kSw * padded + i, attention * weights.sw);
-      store(p.corner_weight + kSe * padded + i, attention * weights.se);
+      store(p.corner_weight + corner_index(kNw, i), attention * weights.nw);
+      store(p.corner_weight + corner_index(kNe, i), attention * weights.ne);
+      store(p.corner_weight + corner_index(kSw, i), attention * weights.sw);
+      store(p.corner_weight + corner_index(kSe, i), attention * weights.se);
       store(p.fx + i, fx);
       store(p.fy + i, fy);
       store(p.attention + i, attention);
@@ -410,8 +414,8 @@ class Samples {
       x = x < last_x ? x : last_x;
       y = y < last_y ? y : last_y;
       const Vec<Real> attention = counts ? load(p.weights + i) : Vec<Real>{};
-      store(p.corner_weight + kNw * padded_ + i, attention);
-      for (int c = kNe; c <= kSe; ++c) store(p.corner_weight + c * padded_ + i, Vec<Real>{});
+      store(p.corner_weight + corner_index(kNw, i), attention);
+      for (int c = kNe; c <= kSe; ++c) store(p.corner_weight + corner_index(c, i), Vec<Real>{});
       store(p.fx + i, Vec<Real>{});
       store(p.fy + i, Vec<Real>{});
       store(p.attention + i, attention);
@@ -432,18 +436,19 @@ class Samples {
           load_as<Vec<int64_t>>(p.level_start + j) + widen(y0, part) * map_width + widen(x0, part);
       store_as(p.key + j, key);
       const Vec<int64_t> wide_corners = widen(corners, part);
-      store_offsets(p.value_offset + j, key, map_width, wide_corners, value_rows);
-      if (grad_rows) store_offsets(p.grad_offset + j, key, map_width, wide_corners, *grad_rows);
+      store_offsets(p.value_offset, j, key, map_width, wide_corners, value_rows);
+      if (grad_rows) store_offsets(p.grad_offset, j, key, map_width, wide_corners, *grad_rows);
     }
   }
 
-  void store_offsets(int64_t* offsets, Vec<int64_t> key, Vec<int64_t> map_width,
+  void store_offsets(int64_t* offsets, int64_t i, Vec<int64_t> key, Vec<int64_t> map_width,
                      Vec<int64_t> corners, const Rows& rows) {
     const Vec<int64_t> nowhere = broadcast(rows.nowhere);
     const Vec<int64_t> north = (key - rows.first_key) * rows.key_stride;
     const Vec<int64_t> south = north + map_width * rows.key_stride;
     const auto put = [&](int corner, Vec<int64_t> offset) {
-      store_as(offsets + corner * padded_, (corners & (1 << corner)) != 0 ? offset : nowhere);
+      store_as(offsets + corner_index(corner, i),
+               (corners & (1 << corner)) != 0 ? offset : nowhere);
     };
     put(kNw, north);
     put(kNe, north + rows.key_stride);
@@ -459,8 +464,8 @@ class Samples {
         if ((corners_[i] >> c & 1) == 0) continue;
         if (!mask[key_[i] + c % 2 + c / 2 * map_width_[i]]) continue;
         corners_[i] &= ~(index_t<Real>(1) << c);
-        value_offset_[c * padded_ + i] = value_rows.nowhere;
-        if (grad_rows) grad_offset_[c * padded_ + i] = grad_rows->nowhere;
+        value_offset_[corner_index(c, i)] = value_rows.nowhere;
+        if (grad_rows) grad_offset_[corner_index(c, i)] = grad_rows->nowhere;
       }
     }
   }

@@ -266,12 +266,9 @@ inline auto sum_lanes(V v) {
   return sum;
 }
 
-// Sums of the lanes of four vectors, written side by side.
-inline void store_lane_sums(double* p, Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
-  p[0] = sum_lanes(a);
-  p[1] = sum_lanes(b);
-  p[2] = sum_lanes(c);
-  p[3] = sum_lanes(d);
+// The sums of the lanes of four vectors, side by side.
+inline VecN<double, 4> lane_sums(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
+  return VecN<double, 4>{sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)};
 }
 
 // Pattern of 4 lanes, repeated in every group of 4, where lanes of b count from n on.
@@ -290,21 +287,20 @@ inline auto add_halves(V v, std::integer_sequence<int, I...>) {
 
 // Adds up the groups of four lanes.
 template <class V>
-inline void store_sum_of_groups(float* p, V v) {
+inline VecN<float, 4> sum_groups(V v) {
   constexpr int lanes = sizeof(V) / sizeof(float);
   if constexpr (lanes > 4) {
-    store_sum_of_groups(p, add_halves(v, std::make_integer_sequence<int, lanes / 2>()));
+    return sum_groups(add_halves(v, std::make_integer_sequence<int, lanes / 2>()));
   } else {
-    store_as(p, v);
+    return v;
   }
 }
 
-inline void store_lane_sums(float* p, Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+inline VecN<float, 4> lane_sums(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes<float>>();
   const Vec<float> ab = add_neighbours(a, b, lanes);
   const Vec<float> cd = add_neighbours(c, d, lanes);
-  const Vec<float> abcd = add_neighbours(ab, cd, lanes);  // each group of 4: parts of a, b, c, d
-  store_sum_of_groups(p, abcd);
+  return sum_groups(add_neighbours(ab, cd, lanes));  // each group of 4: parts of a, b, c, d
 }
 
 // ---- exponential --------------------------------------------------------------------------------
