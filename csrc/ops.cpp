@@ -100,6 +100,9 @@ Sizes read_integers(const Tensor& tensor, const char* name) {
   return numbers;
 }
 
+// From here on float32 does not hold every integer.
+constexpr int64_t kMaxSide = int64_t(1) << 24;
+
 // What every form of the operator takes.
 struct Pyramid {
   const Tensor& value;
@@ -158,15 +161,22 @@ void read_pyramid(const Pyramid& pyramid, Call& call) {
   for (int64_t l = 0; l < problem.num_levels; ++l) {
     const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
     check(height > 0 && width > 0, "spatial_shapes must be positive, got ", to_string(shapes));
+    check(std::max(height, width) <= kMaxSide || value.scalar_type() == ScalarType::Double,
+          "spatial_shapes must be at most 2^24 on a side, where float32 coordinates end, got ",
+          to_string(shapes));
     const int64_t points = ragged ? pyramid.num_points[l] : 0;
     check(points >= 0, "num_points must not be negative, got ", to_string(pyramid.num_points));
     call.levels.push_back({height, width, start, points});
     starts.push_back(start);
-    start += height * width;
+    int64_t pixels;
+    const bool overflows = __builtin_mul_overflow(height, width, &pixels) ||
+                           __builtin_add_overflow(start, pixels, &start);
+    check(!overflows, "spatial_shapes must cover the S = ", problem.num_keys,
+          " keys of value, got 2^63 pixels or more: ", to_string(shapes));
   }
   problem.levels = call.levels.data();
   check(start == problem.num_keys, "spatial_shapes must cover the S = ", problem.num_keys,
-        " keys of value, got shapes ", to_string(shapes), " with ", start, " pixels");
+        " keys of value, got ", start, " pixels: ", to_string(shapes));
 
   // The start of a level follows from the shapes: given on the CPU it is checked, else not read.
   if (pyramid.level_start_index && pyramid.level_start_index->is_cpu()) {
@@ -190,7 +200,12 @@ void read_samples(const Pyramid& pyramid, const Tensor& points, const char* poin
   problem.num_queries = points.size(1);
   Sizes expected = {problem.batch, problem.num_queries, problem.num_heads};
   if (ragged) {
-    for (const Level& level : call.levels) problem.num_samples += level.num_points;
+    int64_t rest = points.size(3);
+    for (const Level& level : call.levels)
+      rest = level.num_points <= rest ? rest - level.num_points : -1;
+    check(rest == 0, "num_points must sum to the K = ", points.size(3), " samples of ", points_name,
+          ", got ", to_string(pyramid.num_points));
+    problem.num_samples = points.size(3);
     expected.push_back(problem.num_samples);
   } else {
     const int64_t num_points = points.size(4);
@@ -275,6 +290,7 @@ Tensor forward_cpu(const Call& call, const Tensor& value) {
 }
 
 void zero_fill(const Tensor& tensor) {
+  if (tensor.numel() == 0) return;
   auto* const bytes = static_cast<char*>(tensor.mutable_data_ptr());
   torch::stable::parallel_for(
       0, tensor.numel() * tensor.element_size(), 1 << 20,
@@ -288,13 +304,16 @@ bool split_by_level(int64_t num_tasks) {
   return 4 * num_tasks < 3 * busiest * threads;
 }
 
+// gradients: those that outputs points into, grad_value first.
 void backward_cpu(const Call& call, const Tensor& grad_output, const Tensor* output,
-                  const BackwardOutputs& outputs, const Tensor& grad_value) {
+                  const BackwardOutputs& outputs, const std::vector<Tensor>& gradients) {
   const Problem& problem = call.problem;
   const CpuKernels& kernels = cpu_kernels();
-  const bool nothing_to_add = problem.num_queries == 0 || problem.num_samples == 0;
-  if (outputs.grad_value.data && (nothing_to_add || sums_in_place(problem))) zero_fill(grad_value);
-  if (nothing_to_add || problem.batch * problem.num_heads * problem.head_dim == 0) return;
+  if (grad_output.numel() == 0 || problem.num_samples == 0) {
+    for (const Tensor& gradient : gradients) zero_fill(gradient);
+    return;
+  }
+  if (sums_in_place(problem)) zero_fill(gradients.front());
 
   const BackwardInputs inputs{const_array(grad_output, "grad_output"),
                               output ? const_array(*output, "output") : ConstArray{}};
@@ -374,7 +393,8 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cpu(
   outputs.grad_value = mutable_array(grad_value);
   outputs.grad_points = mutable_array(grad_locations);
   outputs.grad_weights = mutable_array(grad_weights);
-  backward_cpu(call, dense_grad_output, nullptr, outputs, grad_value);
+  backward_cpu(call, dense_grad_output, nullptr, outputs,
+               {grad_value, grad_locations, grad_weights});
   return {grad_value, grad_locations, grad_weights};
 }
 
@@ -392,17 +412,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward_cpu(
   const Tensor dense_output = dense_like_output(output, "output", call, value);
   const Tensor grad_value = gradient_of(value, needs_value);
   const Tensor grad_reference = gradient_of(reference_points, needs_reference);
-  // The gradient of the reference points is summed from that of the offsets.
-  const Tensor grad_offsets = gradient_of(sampling_offsets, needs_offsets || needs_reference);
+  // The gradient of the reference points is summed from that of the offsets, which must then not be
+  // rounded to 16 bits on the way.
+  const ScalarType sum_type =
+      value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  const Tensor grad_offsets =
+      needs_reference
+          ? torch::stable::new_empty(sampling_offsets, sizes_of(sampling_offsets), sum_type)
+          : gradient_of(sampling_offsets, needs_offsets);
   const Tensor grad_logits = gradient_of(attention_logits, needs_logits);
   BackwardOutputs outputs;
   outputs.grad_value = mutable_array(grad_value);
   outputs.grad_points = mutable_array(grad_offsets);
   outputs.grad_weights = mutable_array(grad_logits);
   outputs.grad_reference = mutable_array(grad_reference);
-  backward_cpu(call, dense_grad_output, &dense_output, outputs, grad_value);
+  backward_cpu(call, dense_grad_output, &dense_output, outputs,
+               {grad_value, grad_offsets, grad_logits, grad_reference});
   return {grad_value, grad_reference,
-          needs_offsets ? grad_offsets : gradient_of(sampling_offsets, false), grad_logits};
+          needs_offsets ? torch::stable::to(grad_offsets, sampling_offsets.scalar_type())
+                        : gradient_of(sampling_offsets, false),
+          grad_logits};
 }
 
 #ifndef MSDA_WITH_CUDA

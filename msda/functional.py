@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from msda import ops
+from msda.checks import check_fused, check_plain
 from msda.reference import (
     SpatialShapes,
     ms_deform_attn_fused_reference,
@@ -68,6 +70,7 @@ def ms_deform_attn(
         ValueError: ``interpolation`` or ``spatial_shapes`` is malformed.
         RuntimeError: shapes, dtypes or devices do not fit together; a kernel failed; a second
             derivative is asked for.
+        NotImplementedError: a forward-mode derivative is asked for.
 
     Example:
         >>> shapes = [(32, 48), (16, 24)]
@@ -83,7 +86,17 @@ def ms_deform_attn(
     if interpolation not in _INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {_INTERPOLATIONS}, got {interpolation!r}")
     shapes, shapes_tensor = _split_shapes(spatial_shapes)
+    counts = _as_counts(num_points)
     if not _has_kernel(value):
+        check_plain(
+            value,
+            shapes,
+            shapes_tensor,
+            level_start_index,
+            sampling_locations,
+            attention_weights,
+            counts,
+        )
         return ms_deform_attn_reference(
             value,
             spatial_shapes,
@@ -93,6 +106,7 @@ def ms_deform_attn(
             num_points=num_points,
             interpolation=interpolation,
         )
+    _refuse_forward_mode(value, sampling_locations, attention_weights)
     return torch.ops.msda.ms_deform_attn(
         value,
         shapes,
@@ -100,7 +114,7 @@ def ms_deform_attn(
         level_start_index,
         sampling_locations,
         attention_weights,
-        [] if num_points is None else num_points,
+        counts,
         interpolation == "nearest",
     )
 
@@ -160,7 +174,19 @@ def ms_deform_attn_fused(
     _check_tensor(sampling_offsets, "sampling_offsets")
     _check_tensor(attention_logits, "attention_logits")
     shapes, shapes_tensor = _split_shapes(spatial_shapes)
+    counts = _as_counts(num_points)
     if not _has_kernel(value):
+        check_fused(
+            value,
+            shapes,
+            shapes_tensor,
+            level_start_index,
+            reference_points,
+            sampling_offsets,
+            attention_logits,
+            counts,
+            padding_mask,
+        )
         return ms_deform_attn_fused_reference(
             value,
             spatial_shapes,
@@ -171,6 +197,7 @@ def ms_deform_attn_fused(
             num_points=num_points,
             padding_mask=padding_mask,
         )
+    _refuse_forward_mode(value, reference_points, sampling_offsets, attention_logits)
     return torch.ops.msda.ms_deform_attn_fused(
         value,
         shapes,
@@ -179,7 +206,7 @@ def ms_deform_attn_fused(
         reference_points,
         sampling_offsets,
         attention_logits,
-        [] if num_points is None else num_points,
+        counts,
         padding_mask,
     )
 
@@ -187,6 +214,25 @@ def ms_deform_attn_fused(
 def _check_tensor(argument: object, name: str) -> None:
     if not isinstance(argument, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
+
+
+def _as_counts(num_points: Sequence[int] | None) -> list[int]:
+    """One count per level, or an empty list where all levels have the same number of points."""
+    if num_points is None:
+        return []
+    if isinstance(num_points, int):
+        raise TypeError(f"num_points must be a sequence of one int per level, got {num_points}")
+    return list(num_points)
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """The compiled operator has no forward-mode derivative; PyTorch would take it to be zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotImplementedError(
+            "msda has no forward-mode derivative; use the functions of msda.reference for it"
+        )
 
 
 def _split_shapes(spatial_shapes: SpatialShapes) -> tuple[list[int], Tensor | None]:

@@ -1,6 +1,11 @@
 """``python -m msda.info`` prints what ``msda.info()`` returns."""
 
+import sys
+
 from msda._info import info
 
 if __name__ == "__main__":
     print(info())
+else:
+    # `import msda.info` must not put this module in the place of the function msda.info.
+    sys.modules[__name__] = info  # type: ignore[assignment]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msda.checks import check_fused, check_plain
+
 # ---- load ----------------------------------------------------------------------------------------
 
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
@@ -61,26 +63,6 @@ def library_text(function: str) -> str | None:
 # ---- fake kernels: shapes without data -----------------------------------------------------------
 
 
-def _check_pyramid(
-    value: Tensor, spatial_shapes: list[int], points: Tensor, num_points: list[int]
-) -> None:
-    torch._check(value.dim() == 4, lambda: f"value must have shape (B, S, M, D), got {value.shape}")
-    num_dims = 5 if num_points else 6
-    torch._check(
-        points.dim() == num_dims,
-        lambda: f"sampling points must have {num_dims} dimensions, got {points.shape}",
-    )
-    if spatial_shapes:
-        pixels = sum(h * w for h, w in zip(spatial_shapes[::2], spatial_shapes[1::2], strict=True))
-        torch._check(
-            pixels == value.shape[1],
-            lambda: (
-                f"spatial_shapes must cover the S = {value.shape[1]} keys of value, "
-                f"got {pixels} pixels"
-            ),
-        )
-
-
 def _fake_output(value: Tensor, points: Tensor) -> Tensor:
     return value.new_empty(value.shape[0], points.shape[1], value.shape[2] * value.shape[3])
 
@@ -99,7 +81,15 @@ def _fake_forward(
     num_points: list[int],
     nearest: bool,
 ) -> Tensor:
-    _check_pyramid(value, spatial_shapes, sampling_locations, num_points)
+    check_plain(
+        value,
+        spatial_shapes,
+        spatial_shapes_tensor,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        num_points,
+    )
     return _fake_output(value, sampling_locations)
 
 
@@ -135,7 +125,17 @@ def _fake_fused_forward(
     num_points: list[int],
     padding_mask: Tensor | None,
 ) -> Tensor:
-    _check_pyramid(value, spatial_shapes, sampling_offsets, num_points)
+    check_fused(
+        value,
+        spatial_shapes,
+        spatial_shapes_tensor,
+        level_start_index,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        num_points,
+        padding_mask,
+    )
     return _fake_output(value, sampling_offsets)
 
 

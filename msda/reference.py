@@ -45,8 +45,8 @@ def ms_deform_attn_reference(
     num_queries = sampling_locations.shape[1]
 
     # One axis K for the samples of all levels.
-    locations = sampling_locations.to(acc_dtype).reshape(batch, num_queries, num_heads, -1, 2)
-    weights = attention_weights.to(acc_dtype).reshape(batch, num_queries, num_heads, -1)
+    locations = sampling_locations.to(acc_dtype).flatten(3, -2)  # (B, Q, M, K, 2)
+    weights = attention_weights.to(acc_dtype).flatten(3)  # (B, Q, M, K)
 
     output = value.new_zeros(batch, num_heads, head_dim, num_queries, dtype=acc_dtype)
     start_key = start_sample = 0
@@ -61,7 +61,7 @@ def ms_deform_attn_reference(
         sampled, counts = sample(level, height, width, location)  # (B, M, D, Q, P)
         weight = torch.where(counts, weight, 0)
         output = output + (sampled * weight.unsqueeze(2)).sum(-1)
-    return output.permute(0, 3, 1, 2).reshape(batch, num_queries, -1).to(value.dtype)
+    return output.permute(0, 3, 1, 2).flatten(2).to(value.dtype)
 
 
 def ms_deform_attn_fused_reference(
@@ -91,7 +91,8 @@ def ms_deform_attn_fused_reference(
         half_over_points = offsets.new_tensor([0.5 / points[level] for level in levels])
         unit = reference[..., 2:] * half_over_points[:, None]
     else:
-        unit = 1 / offsets.new_tensor([[shapes[level][1], shapes[level][0]] for level in levels])
+        sizes = [[shapes[level][1], shapes[level][0]] for level in levels]
+        unit = 1 / offsets.new_tensor(sizes).view(-1, 2)
     locations = reference[..., :2] + offsets * unit
     weights = attention_logits.to(acc_dtype).flatten(3).softmax(-1)
 

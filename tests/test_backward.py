@@ -405,7 +405,7 @@ def test_every_element_of_every_gradient_is_written(device, make, dtype, poisone
 
 
 @every_form
-def test_gradients_are_computed_only_where_asked_for(device, make, monkeypatch):
+def test_gradients_are_computed_only_where_asked_for(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
     asked = []
 

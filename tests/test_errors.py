@@ -68,16 +68,16 @@ _METADATA = [
     (
         dict(spatial_shapes=[(3, 4), (2, 3)]),
         r"^spatial_shapes must cover the S = 16 keys of value, "
-        r"got shapes \(3, 4, 2, 3\) with 18 pixels$",
+        r"got 18 pixels: \(3, 4, 2, 3\)$",
     ),
     (
         dict(spatial_shapes=[(3, 4)]),
-        r"^spatial_shapes must cover the S = 16 keys of value, got shapes \(3, 4\) with 12 pixels$",
+        r"^spatial_shapes must cover the S = 16 keys of value, got 12 pixels: \(3, 4\)$",
     ),
     (
         dict(spatial_shapes=torch.tensor([(3, 4), (2, 1)])),
         r"^spatial_shapes must cover the S = 16 keys of value, "
-        r"got shapes \(3, 4, 2, 1\) with 14 pixels$",
+        r"got 14 pixels: \(3, 4, 2, 1\)$",
     ),
     (
         dict(spatial_shapes=[(-3, -4), (2, 2)]),
@@ -174,8 +174,7 @@ def test_wrong_metadata_is_refused(changes, message):
                 sampling_locations=lambda points: points.flatten(3, 4),
                 attention_weights=lambda weights: weights.flatten(3),
             ),
-            r"^attention_weights must have shape \(B, Q, M, K\) = \(2, 5, 3, 5\), "
-            r"got \(2, 5, 3, 4\)$",
+            r"^num_points must sum to the K = 4 samples of sampling_locations, got \(2, 3\)$",
         ),
         (
             dict(sampling_locations=lambda points: points.long()),

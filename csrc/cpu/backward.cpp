@@ -50,13 +50,13 @@ void backward_channels(const Samples<acc_t<T>>& samples, const T* value, const T
       Vec<Real> dot[kNumCorners] = {};
       for (int c = 0; c < kNumCorners; ++c) {
         if constexpr (kDots) {
-          const T* const pixel = value + value_offset[c * kStep + j];
+          const T* const pixel = at_distance(value, value_offset[c * kStep + j]);
           for (int k = 0; k < kVectors; ++k) {
             dot[c] += g[k] * (kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep));
           }
         }
         if constexpr (kScatter) {
-          Real* const pixel = grad_value + grad_offset[c * kStep + j];
+          Real* const pixel = at_distance(grad_value, grad_offset[c * kStep + j]);
           const Vec<Real> w = broadcast_lane(weights[c], index, weight + c * kStep, j);
           for (int k = 0; k < kVectors; ++k) {
             Real* const p = pixel + k * kStep;
@@ -132,7 +132,8 @@ class Backward {
           static_cast<Real*>(outputs_.grad_value.data) + b * problem_.num_keys * M * D;
       walk(b, first_head, last_head, [&](int64_t m) {
         Real* const head = base + m * D;
-        return GradValue<Real>{head, {M * D, 0, distance(head, rubbish_.get())}};
+        return GradValue<Real>{head,
+                               {M * D * int64_t(sizeof(Real)), 0, distance(head, rubbish_.get())}};
       });
     } else {
       for (int64_t m = first_head; m < last_head; ++m) run_in_scratch(b, m);
@@ -164,7 +165,7 @@ class Backward {
     std::memset(scratch.get(), 0, num_keys * D * sizeof(Real));
     walk(b, m, m + 1, [&](int64_t) {
       const int64_t nowhere = distance(scratch.get(), rubbish_.get());
-      return GradValue<Real>{scratch.get(), {D, first.start, nowhere}};
+      return GradValue<Real>{scratch.get(), {D * int64_t(sizeof(Real)), first.start, nowhere}};
     });
     T* const grad_value = static_cast<T*>(outputs_.grad_value.data) +
                           ((b * problem_.num_keys + first.start) * M + m) * D;
@@ -179,7 +180,7 @@ class Backward {
     const T* const value =
         static_cast<const T*>(problem_.value.data) + (b * problem_.num_keys * M + m) * D;
     const T* const grad_output = static_cast<const T*>(inputs_.grad_output.data) + head * D;
-    samples_.prepare(b, q, m, slot, {M * D, 0, distance(value, zeros_.get())},
+    samples_.prepare(b, q, m, slot, {M * D * int64_t(sizeof(T)), 0, distance(value, zeros_.get())},
                      grad_value.base ? &grad_value.rows : nullptr);
     const bool wants_dots = outputs_.grad_points.data || outputs_.grad_weights.data;
     const auto run = [&](auto with_dots, auto with_scatter) {
@@ -224,6 +225,9 @@ class Backward {
           grad_x *= load(to_pixels.step_x + i);
           grad_y *= load(to_pixels.step_y + i);
         }
+        // Where no corner was read the step may be NaN or Inf.
+        grad_x = corners != 0 ? grad_x : Vec<Real>{};
+        grad_y = corners != 0 ? grad_y : Vec<Real>{};
       }
       store_pairs(points_.get() + 2 * i, grad_x, grad_y);
       Vec<Real> grad_weight = gradient.sample;
@@ -303,6 +307,8 @@ void backward_reference_rows(const Problem& problem, const BackwardOutputs& outp
         const Level& level = problem.levels[l];
         Real* const grad_point = grad_reference.get() + (levels == 1 ? 0 : l) * size;
         for (int64_t p = 0; p < level.num_points; ++p, ++i) {
+          // A sample that does not count may have offsets or boxes that are NaN or Inf.
+          if (grad_points[2 * i] == 0 && grad_points[2 * i + 1] == 0) continue;
           const Real grad_x = grad_points[2 * i] * samples.width()[i];
           const Real grad_y = grad_points[2 * i + 1] * samples.height()[i];
           grad_point[0] += grad_x;

@@ -33,7 +33,7 @@ void gather(const Samples<acc_t<T>>& samples, const T* value, int channels, T* o
     IntVec<Real> index = {};
     for (int j = 0; j < group; ++j, index += 1) {
       for (int c = 0; c < kNumCorners; ++c) {
-        const T* const pixel = value + offset[c * kStep + j];
+        const T* const pixel = at_distance(value, offset[c * kStep + j]);
         const Vec<Real> w = broadcast_lane(weights[c], index, weight + c * kStep, j);
         for (int k = 0; k < kVectors; ++k) {
           const Vec<Real> v = kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep);
@@ -74,7 +74,7 @@ void forward_rows(const Problem& problem, const ForwardOutputs& outputs, int64_t
       // value[b, 0, m, :]
       const T* const value =
           static_cast<const T*>(problem.value.data) + b * problem.num_keys * key_stride + m * D;
-      const Rows rows{key_stride, 0, distance(value, zeros.get())};
+      const Rows rows{key_stride * int64_t(sizeof(T)), 0, distance(value, zeros.get())};
       for (int64_t row = tile; row < end; ++row) {
         samples.prepare(b, row - b * Q, m, row - tile, rows);
         T* const output = static_cast<T*>(outputs.output.data) + row * key_stride + m * D;

@@ -112,7 +112,7 @@ struct PixelTransform {
   Real* origin_y;
 };
 
-// Where the pixels of one head lie in memory, in elements from a base pointer: key k at
+// Where the pixels of one head lie in memory, in bytes from a base pointer: key k at
 // (k - first_key) * key_stride. Corners that are not to be read or written go to `nowhere`, a row
 // of zeros to read or a row of rubbish to add to. That keeps the loops over samples free of
 // branches, which one sample in five of an encoder would mispredict, and keeps an Inf in a pixel
@@ -123,10 +123,15 @@ struct Rows {
   int64_t nowhere;
 };
 
-// The distance from one pointer to another, in elements.
+// The distance from one pointer to another, and the pointer at a distance, in bytes: torch's
+// tensors need not be aligned to their elements.
+inline int64_t distance(const void* from, const void* to) {
+  return reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from);
+}
+
 template <class T>
-inline int64_t distance(const T* from, const T* to) {
-  return (reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from)) / intptr_t(sizeof(T));
+inline T* at_distance(T* from, int64_t bytes) {
+  return reinterpret_cast<T*>(reinterpret_cast<intptr_t>(from) + bytes);
 }
 
 template <class Real>

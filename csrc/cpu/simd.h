@@ -326,7 +326,7 @@ inline Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 1.0f;
   const IntVec<float> exponent = bit_cast<IntVec<float>>(shifted) << 23;
   const Vec<float> result = bit_cast<Vec<float>>(bit_cast<IntVec<float>>(p) + exponent);
-  return underflows ? Vec<float>{} : result;
+  return x != x ? x : underflows ? Vec<float>{} : result;
 }
 
 inline Vec<double> exp_nonpositive(Vec<double> x) {
