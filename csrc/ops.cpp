@@ -7,7 +7,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
+#include <new>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -180,6 +182,8 @@ void read_pyramid(const Pyramid& pyramid, Call& call) {
 
   // The start of a level follows from the shapes: given on the CPU it is checked, else not read.
   if (pyramid.level_start_index && pyramid.level_start_index->is_cpu()) {
+    check(pyramid.level_start_index->dim() == 1, "level_start_index must have shape (L,), got ",
+          to_string(sizes_of(*pyramid.level_start_index)));
     const Sizes given = read_integers(*pyramid.level_start_index, "level_start_index");
     check(given == starts, "level_start_index must be the running sum of height * width, ",
           to_string(starts), ", got ", to_string(given));
@@ -267,6 +271,20 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
 // The least work that is worth waking a thread for, in samples times channels: about 20 us.
 constexpr int64_t kMinWorkPerThread = 1 << 17;
 
+// torch's parallel_for, with exceptions handed through: torch would name only the call that failed.
+template <class F>
+void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  std::atomic<bool> out_of_memory{false};
+  torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
+    try {
+      f(first, last);
+    } catch (const std::bad_alloc&) {
+      out_of_memory = true;
+    }
+  });
+  check(!out_of_memory, "msda ran out of memory for the scratch space of its CPU kernels");
+}
+
 int64_t grain_size(int64_t work_per_item) {
   return std::max<int64_t>(1, kMinWorkPerThread / std::max<int64_t>(1, work_per_item));
 }
@@ -282,7 +300,7 @@ Tensor forward_cpu(const Call& call, const Tensor& value) {
   if (output.numel() == 0) return output;
   const CpuKernels& kernels = cpu_kernels();
   const ForwardOutputs outputs{mutable_array(output)};
-  torch::stable::parallel_for(
+  parallel_for(
       0, problem.batch * problem.num_queries,
       grain_size(work_per_query_and_head(problem) * problem.num_heads),
       [&](int64_t first, int64_t last) { kernels.forward(problem, outputs, first, last); });
@@ -292,9 +310,8 @@ Tensor forward_cpu(const Call& call, const Tensor& value) {
 void zero_fill(const Tensor& tensor) {
   if (tensor.numel() == 0) return;
   auto* const bytes = static_cast<char*>(tensor.mutable_data_ptr());
-  torch::stable::parallel_for(
-      0, tensor.numel() * tensor.element_size(), 1 << 20,
-      [&](int64_t first, int64_t last) { std::memset(bytes + first, 0, last - first); });
+  parallel_for(0, tensor.numel() * tensor.element_size(), 1 << 20,
+               [&](int64_t first, int64_t last) { std::memset(bytes + first, 0, last - first); });
 }
 
 // With too few heads for the threads, levels are spread over them too.
@@ -320,19 +337,17 @@ void backward_cpu(const Call& call, const Tensor& grad_output, const Tensor* out
   const int64_t num_heads = problem.batch * problem.num_heads;
   const bool by_level = split_by_level(num_heads);
   const int64_t num_parts = by_level ? problem.num_levels : 1;
-  torch::stable::parallel_for(
-      0, num_heads * num_parts,
-      grain_size(work_per_query_and_head(problem) * problem.num_queries / num_parts),
-      [&](int64_t first, int64_t last) {
-        kernels.backward(problem, inputs, outputs, by_level, first, last);
-      });
+  parallel_for(0, num_heads * num_parts,
+               grain_size(work_per_query_and_head(problem) * problem.num_queries / num_parts),
+               [&](int64_t first, int64_t last) {
+                 kernels.backward(problem, inputs, outputs, by_level, first, last);
+               });
   if (outputs.grad_reference.data) {
-    torch::stable::parallel_for(
-        0, problem.batch * problem.num_queries,
-        grain_size(work_per_query_and_head(problem) * problem.num_heads / 4),
-        [&](int64_t first, int64_t last) {
-          kernels.backward_reference(problem, outputs, first, last);
-        });
+    parallel_for(0, problem.batch * problem.num_queries,
+                 grain_size(work_per_query_and_head(problem) * problem.num_heads / 4),
+                 [&](int64_t first, int64_t last) {
+                   kernels.backward_reference(problem, outputs, first, last);
+                 });
   }
 }
 

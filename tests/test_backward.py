@@ -115,8 +115,7 @@ def test_gradients_have_the_dtype_of_their_input(device, make, dtype, point_dtyp
 def test_gradients_of_the_encoder_of_the_paper_match_reference(device, encoder):
     inputs, grad_output, _, expected = encoder
     inputs = map_tensors(inputs, lambda tensor: tensor.to(device))
-    # Twice the tolerance for the rounding of coordinates, as in the test of the forward.
-    assert_gradients_close(inputs, all_gradients(inputs, grad_output.to(device)), expected, scale=2)
+    assert_gradients_close(inputs, all_gradients(inputs, grad_output.to(device)), expected)
 
 
 @settings(derandomize=True, deadline=None, max_examples=80)

@@ -117,7 +117,9 @@ class Backward {
         weights_(samples_.padded()),
         delta_(problem.is_fused() ? 2 * problem.head_dim : 0),
         zeros_(problem.head_dim),
-        rubbish_(problem.head_dim) {
+        rubbish_(problem.head_dim),
+        scratch_(outputs.grad_value.data && !sums_in_place(problem) ? num_keys() * problem.head_dim
+                                                                    : 0) {
     std::memset(dots_.get(), 0, 4 * samples_.padded() * sizeof(Real));
     std::memset(zeros_.get(), 0, problem.head_dim * sizeof(T));
     std::memset(rubbish_.get(), 0, problem.head_dim * sizeof(Real));
@@ -155,22 +157,25 @@ class Backward {
     }
   }
 
+  // Keys of this object's levels.
+  int64_t num_keys() const {
+    const Level& last = problem_.levels[last_level_ - 1];
+    return last.start + last.height * last.width - problem_.levels[first_level_].start;
+  }
+
   // Sums the gradient of one head's pixels as contiguous rows of Real, then rounds and copies them.
   void run_in_scratch(int64_t b, int64_t m) {
     const int64_t M = problem_.num_heads, D = problem_.head_dim;
-    const Level& first = problem_.levels[first_level_];
-    const Level& last = problem_.levels[last_level_ - 1];
-    const int64_t num_keys = last.start + last.height * last.width - first.start;
-    Buffer<Real> scratch(num_keys * D);
-    std::memset(scratch.get(), 0, num_keys * D * sizeof(Real));
+    const int64_t first_key = problem_.levels[first_level_].start;
+    std::memset(scratch_.get(), 0, num_keys() * D * sizeof(Real));
     walk(b, m, m + 1, [&](int64_t) {
-      const int64_t nowhere = distance(scratch.get(), rubbish_.get());
-      return GradValue<Real>{scratch.get(), {D * int64_t(sizeof(Real)), first.start, nowhere}};
+      const int64_t nowhere = distance(scratch_.get(), rubbish_.get());
+      return GradValue<Real>{scratch_.get(), {D * int64_t(sizeof(Real)), first_key, nowhere}};
     });
     T* const grad_value = static_cast<T*>(outputs_.grad_value.data) +
-                          ((b * problem_.num_keys + first.start) * M + m) * D;
-    for (int64_t key = 0; key < num_keys; ++key) {
-      convert(scratch.get() + key * D, grad_value + key * M * D, D);
+                          ((b * problem_.num_keys + first_key) * M + m) * D;
+    for (int64_t key = 0; key < num_keys(); ++key) {
+      convert(scratch_.get() + key * D, grad_value + key * M * D, D);
     }
   }
 
@@ -222,8 +227,8 @@ class Backward {
         grad_x = attention * gradient.dx;
         grad_y = attention * gradient.dy;
         if (!in_pixels) {
-          grad_x *= load(to_pixels.step_x + i);
-          grad_y *= load(to_pixels.step_y + i);
+          grad_x *= load(to_pixels.x.step + i);
+          grad_y *= load(to_pixels.y.step + i);
         }
         // Where no corner was read the step may be NaN or Inf.
         grad_x = corners != 0 ? grad_x : Vec<Real>{};
@@ -262,7 +267,7 @@ class Backward {
   Samples<Real> samples_;
   Buffer<Real> dots_, points_, weights_, delta_;
   Buffer<T> zeros_;
-  Buffer<Real> rubbish_;
+  Buffer<Real> rubbish_, scratch_;
 };
 
 template <class T>
@@ -318,8 +323,8 @@ void backward_reference_rows(const Problem& problem, const BackwardOutputs& outp
             grad_point[2] += grad_x * offsets[2 * i] * half_over_points;
             grad_point[3] += grad_y * offsets[2 * i + 1] * half_over_points;
           }
-          grad_points[2 * i] *= to_pixels.step_x[i];
-          grad_points[2 * i + 1] *= to_pixels.step_y[i];
+          grad_points[2 * i] *= to_pixels.x.step[i];
+          grad_points[2 * i + 1] *= to_pixels.y.step[i];
         }
       }
       write(outputs.grad_points, 2 * first_sample, 2 * K, grad_points.get());

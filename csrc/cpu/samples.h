@@ -102,14 +102,18 @@ inline void write(const Array& array, int64_t offset, int64_t count, const Real*
   });
 }
 
-// From what the caller gave (locations or offsets, one number per axis) to pixel coordinates:
-// x = step_x * given_x + origin_x, likewise y. One entry per sample.
+// From what the caller gave for one axis (a location or an offset) to a pixel coordinate:
+// step * given + origin + rest. One entry per sample; rest is what origin lost to rounding.
+template <class Real>
+struct AxisTransform {
+  Real* step;
+  Real* origin;
+  Real* rest;
+};
+
 template <class Real>
 struct PixelTransform {
-  Real* step_x;
-  Real* step_y;
-  Real* origin_x;
-  Real* origin_y;
+  AxisTransform<Real> x, y;
 };
 
 // Where the pixels of one head lie in memory, in bytes from a base pointer: key k at
@@ -151,7 +155,7 @@ class Samples {
         height_(padded_),
         map_width_(padded_),
         level_start_(padded_),
-        transform_(4 * padded_ * (problem.is_fused() ? max_queries : 1)),
+        transform_(6 * padded_ * (problem.is_fused() ? max_queries : 1)),
         reference_(problem.reference_levels * problem.reference_size),
         given_points_(2 * padded_),
         given_weights_(padded_all_),
@@ -204,8 +208,9 @@ class Samples {
   // The transform of query q, where q counts from the first query given to set_queries().
   PixelTransform<Real> transform(int64_t q) const {
     Real* const base =
-        const_cast<Real*>(transform_.get()) + (problem_.is_fused() ? q : 0) * 4 * padded_;
-    return {base, base + padded_, base + 2 * padded_, base + 3 * padded_};
+        const_cast<Real*>(transform_.get()) + (problem_.is_fused() ? q : 0) * 6 * padded_;
+    return {{base, base + padded_, base + 2 * padded_},
+            {base + 3 * padded_, base + 4 * padded_, base + 5 * padded_}};
   }
 
   // Reads the reference points of queries first..last-1, which serve all heads. Fused form only.
@@ -220,22 +225,19 @@ class Samples {
         const Level& level = problem_.levels[l];
         const Real* const point =
             reference_.get() + (problem_.reference_levels == 1 ? 0 : l) * problem_.reference_size;
-        const Real width = Real(level.width), height = Real(level.height);
         // Points: offsets in pixels. Boxes: offsets in units of (w, h) / (2P).
         const bool is_box = problem_.reference_size == 4;
         const Real half_over_points = Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
-        const Real step_x = is_box ? width * point[2] * half_over_points : Real(1);
-        const Real step_y = is_box ? height * point[3] * half_over_points : Real(1);
+        const Real step_x = is_box ? Real(level.width) * point[2] * half_over_points : Real(1);
+        const Real step_y = is_box ? Real(level.height) * point[3] * half_over_points : Real(1);
         for (int64_t p = 0; p < level.num_points; ++p, ++i) {
-          to_pixels.step_x[i] = step_x;
-          to_pixels.step_y[i] = step_y;
-          to_pixels.origin_x[i] = point[0] * width - Real(0.5);
-          to_pixels.origin_y[i] = point[1] * height - Real(0.5);
+          set_axis(to_pixels.x, i, step_x, double(point[0]) * double(level.width) - 0.5);
+          set_axis(to_pixels.y, i, step_y, double(point[1]) * double(level.height) - 0.5);
         }
       }
       for (; i < padded_; ++i) {
-        to_pixels.step_x[i] = to_pixels.step_y[i] = 0;
-        to_pixels.origin_x[i] = to_pixels.origin_y[i] = 0;
+        set_axis(to_pixels.x, i, 0, 0);
+        set_axis(to_pixels.y, i, 0, 0);
       }
     }
   }
@@ -301,14 +303,19 @@ class Samples {
     level_start_[i] = level.start;
   }
 
+  static void set_axis(const AxisTransform<Real>& axis, int64_t i, Real step, double origin) {
+    axis.step[i] = step;
+    axis.origin[i] = Real(origin);
+    axis.rest[i] = Real(origin - double(Real(origin)));
+  }
+
   // Bilinear: x = loc * W - 1/2. Nearest: x = loc * W + 1/2, then truncated (RT-DETRv2's rule).
   void set_transform_of_locations() {
     const PixelTransform<Real> to_pixels = transform(0);
-    const Real origin = problem_.nearest ? Real(0.5) : Real(-0.5);
+    const double origin = problem_.nearest ? 0.5 : -0.5;
     for (int64_t i = 0; i < padded_; ++i) {
-      to_pixels.step_x[i] = width_[i];
-      to_pixels.step_y[i] = height_[i];
-      to_pixels.origin_x[i] = to_pixels.origin_y[i] = origin;
+      set_axis(to_pixels.x, i, width_[i], origin);
+      set_axis(to_pixels.y, i, height_[i], origin);
     }
   }
 
@@ -366,10 +373,13 @@ class Samples {
     const Pointers p = pointers();
     const int64_t padded = padded_;
     for (int64_t i = 0; i < padded; i += kLanes<Real>) {
-      Vec<Real> x, y;
-      load_pairs(p.points + 2 * i, x, y);
-      x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
-      y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
+      Vec<Real> given_x, given_y;
+      load_pairs(p.points + 2 * i, given_x, given_y);
+      const Vec<Real> step_x = load(to_pixels.x.step + i), step_y = load(to_pixels.y.step + i);
+      const Vec<Real> origin_x = load(to_pixels.x.origin + i);
+      const Vec<Real> origin_y = load(to_pixels.y.origin + i);
+      Vec<Real> x = multiply_add(given_x, step_x, origin_x);
+      Vec<Real> y = multiply_add(given_y, step_y, origin_y);
 
       const Vec<Real> width = load(p.width + i), height = load(p.height + i);
       const IntVec<Real> counts = sample_counts(x, y, width, height);
@@ -382,21 +392,30 @@ class Samples {
       IntVec<Real> y0 = __builtin_convertvector(y, IntVec<Real>);
       x0 += x < __builtin_convertvector(x0, Vec<Real>);
       y0 += y < __builtin_convertvector(y0, Vec<Real>);
-      const Vec<Real> fx = x - __builtin_convertvector(x0, Vec<Real>);
-      const Vec<Real> fy = y - __builtin_convertvector(y0, Vec<Real>);
+
+      // The fractions anew from what was given, not as x - x0: on a map 160 wide, the rounding of x
+      // would be 25 times all other errors of the output.
+      const Vec<Real> from_x0 = origin_x - __builtin_convertvector(x0, Vec<Real>);
+      const Vec<Real> from_y0 = origin_y - __builtin_convertvector(y0, Vec<Real>);
+      Vec<Real> fx = multiply_add(given_x, step_x, from_x0) + load(to_pixels.x.rest + i);
+      Vec<Real> fy = multiply_add(given_y, step_y, from_y0) + load(to_pixels.y.rest + i);
+      fx = counts ? fx : Vec<Real>{};
+      fy = counts ? fy : Vec<Real>{};
+
+      const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x < width - 1);
+      const IntVec<Real> north = y0 >= 0, south = y < height - 1;
+      const Corners<IntVec<Real>> read{west & north, east & north, west & south, east & south};
       const Corners<Vec<Real>> weights = corner_weights(fx, fy);
-      store(p.corner_weight + corner_index(kNw, i), attention * weights.nw);
-      store(p.corner_weight + corner_index(kNe, i), attention * weights.ne);
-      store(p.corner_weight + corner_index(kSw, i), attention * weights.sw);
-      store(p.corner_weight + corner_index(kSe, i), attention * weights.se);
+      store(p.corner_weight + corner_index(kNw, i), read.nw ? attention * weights.nw : Vec<Real>{});
+      store(p.corner_weight + corner_index(kNe, i), read.ne ? attention * weights.ne : Vec<Real>{});
+      store(p.corner_weight + corner_index(kSw, i), read.sw ? attention * weights.sw : Vec<Real>{});
+      store(p.corner_weight + corner_index(kSe, i), read.se ? attention * weights.se : Vec<Real>{});
       store(p.fx + i, fx);
       store(p.fy + i, fy);
       store(p.attention + i, attention);
 
-      const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x < width - 1);
-      const IntVec<Real> north = y0 >= 0, south = y < height - 1;
-      const IntVec<Real> corners = (west & north & (1 << kNw)) | (east & north & (1 << kNe)) |
-                                   (west & south & (1 << kSw)) | (east & south & (1 << kSe));
+      const IntVec<Real> corners = (read.nw & (1 << kNw)) | (read.ne & (1 << kNe)) |
+                                   (read.sw & (1 << kSw)) | (read.se & (1 << kSe));
       place(p, i, x0, y0, corners, value_rows, grad_rows);
     }
   }
@@ -409,8 +428,8 @@ class Samples {
     for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
       Vec<Real> x, y;
       load_pairs(p.points + 2 * i, x, y);
-      x = x * load(to_pixels.step_x + i) + load(to_pixels.origin_x + i);
-      y = y * load(to_pixels.step_y + i) + load(to_pixels.origin_y + i);
+      x = multiply_add(x, load(to_pixels.x.step + i), load(to_pixels.x.origin + i));
+      y = multiply_add(y, load(to_pixels.y.step + i), load(to_pixels.y.origin + i));
       const IntVec<Real> counts = (x - x == 0) & (y - y == 0);
 
       const Vec<Real> last_x = load(p.width + i) - 1, last_y = load(p.height + i) - 1;

@@ -95,6 +95,25 @@ inline Vec<int64_t> widen(IntVec<float> v, int first) {
   return __builtin_convertvector(load_as<Half>(lanes + first), Vec<int64_t>);
 }
 
+// a * b + c, rounded once.
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__ARM_NEON)
+  return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  typedef VecN<double, kLanes<float>> Wide;  // holds the product exactly
+  return __builtin_convertvector(
+      __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) +
+          __builtin_convertvector(c, Wide),
+      Vec<float>);
+#endif
+}
+
 // ---- loads: kLanes elements as acc_t ------------------------------------------------------------
 
 inline Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
