@@ -12,7 +12,7 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kQueryTile = 8;
+constexpr int64_t kQueryTile = 32;
 
 // Where a task sums the gradient of one head's pixels: in grad_value itself or in a buffer of its
 // own.
@@ -111,7 +111,7 @@ class Backward {
         outputs_(outputs),
         first_level_(first_level),
         last_level_(last_level),
-        samples_(problem, first_level, last_level, kQueryTile),
+        samples_(problem, first_level, last_level, kQueryTile, true),
         dots_(4 * samples_.padded()),
         points_(2 * samples_.padded()),
         weights_(samples_.padded()),
@@ -295,7 +295,7 @@ void backward_reference_rows(const Problem& problem, const BackwardOutputs& outp
                              int64_t last) {
   const int64_t M = problem.num_heads, K = problem.num_samples;
   const int64_t size = problem.reference_size, levels = problem.reference_levels;
-  Samples<Real> samples(problem, 0, problem.num_levels, 1);
+  Samples<Real> samples(problem, 0, problem.num_levels, 1, true);
   Buffer<Real> grad_points(2 * K), offsets(2 * K), grad_reference(levels * size);
   for (int64_t row = first; row < last; ++row) {
     const int64_t b = row / problem.num_queries, q = row % problem.num_queries;

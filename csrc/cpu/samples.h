@@ -142,9 +142,12 @@ template <class Real>
 class Samples {
  public:
   // first_level, last_level: only the samples of these levels are prepared. max_queries: how many
-  // queries set_queries() may hold at once.
-  Samples(const Problem& problem, int64_t first_level, int64_t last_level, int64_t max_queries)
+  // queries set_queries() may hold at once. for_backward: corners(), fx(), fy() and attention() are
+  // wanted.
+  Samples(const Problem& problem, int64_t first_level, int64_t last_level, int64_t max_queries,
+          bool for_backward)
       : problem_(problem),
+        for_backward_(for_backward),
         first_level_(first_level),
         last_level_(last_level),
         begin_(count_points(problem, 0, first_level)),
@@ -410,9 +413,11 @@ class Samples {
       store(p.corner_weight + corner_index(kNe, i), read.ne ? attention * weights.ne : Vec<Real>{});
       store(p.corner_weight + corner_index(kSw, i), read.sw ? attention * weights.sw : Vec<Real>{});
       store(p.corner_weight + corner_index(kSe, i), read.se ? attention * weights.se : Vec<Real>{});
-      store(p.fx + i, fx);
-      store(p.fy + i, fy);
-      store(p.attention + i, attention);
+      if (for_backward_) {  // stores are what this loop is short of, so forward goes without
+        store(p.fx + i, fx);
+        store(p.fy + i, fy);
+        store(p.attention + i, attention);
+      }
 
       const IntVec<Real> corners = (read.nw & (1 << kNw)) | (read.ne & (1 << kNe)) |
                                    (read.sw & (1 << kSw)) | (read.se & (1 << kSe));
@@ -452,13 +457,14 @@ class Samples {
   // 2^31 pixels.
   void place(const Pointers& p, int64_t i, IntVec<Real> x0, IntVec<Real> y0, IntVec<Real> corners,
              const Rows& value_rows, const Rows* grad_rows) {
-    store_as(p.corners + i, corners);
+    const bool keep_keys = problem_.padding_mask != nullptr;
+    if (for_backward_ || keep_keys) store_as(p.corners + i, corners);
     for (int part = 0; part < kLanes<Real>; part += kLanes<int64_t>) {
       const int64_t j = i + part;
       const Vec<int64_t> map_width = load_as<Vec<int64_t>>(p.map_width + j);
       const Vec<int64_t> key =
           load_as<Vec<int64_t>>(p.level_start + j) + widen(y0, part) * map_width + widen(x0, part);
-      store_as(p.key + j, key);
+      if (keep_keys) store_as(p.key + j, key);
       const Vec<int64_t> wide_corners = widen(corners, part);
       store_offsets(p.value_offset, j, key, map_width, wide_corners, value_rows);
       if (grad_rows) store_offsets(p.grad_offset, j, key, map_width, wide_corners, *grad_rows);
@@ -495,6 +501,7 @@ class Samples {
   }
 
   const Problem& problem_;
+  const bool for_backward_;
   const int64_t first_level_, last_level_;
   const int64_t begin_, count_, padded_, padded_all_;
   Buffer<Real> width_, height_;
