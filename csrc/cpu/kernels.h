@@ -7,10 +7,14 @@
 namespace msda {
 
 // Whether backward adds to grad_value itself, which must then be zero before. Otherwise it sums
-// each head in a scratch buffer of S * D numbers per thread and writes every element once: for
-// 16-bit values, whose sums must be kept in float32.
+// each head in a scratch buffer of S * D numbers per thread and writes every element of grad_value
+// once: for 16-bit values, whose sums must be kept in float32, and where each key is sampled often
+// enough that contiguous rows repay the copy (an encoder samples each key 16 times, and gains a
+// fifth; a decoder samples one key in five, and would lose half).
 inline bool sums_in_place(const Problem& problem) {
-  return problem.value.dtype == DType::kFloat32 || problem.value.dtype == DType::kFloat64;
+  const bool same_type =
+      problem.value.dtype == DType::kFloat32 || problem.value.dtype == DType::kFloat64;
+  return same_type && problem.num_queries * problem.num_samples < 4 * problem.num_keys;
 }
 
 struct CpuKernels {

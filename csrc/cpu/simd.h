@@ -89,10 +89,20 @@ inline Vec<Real> broadcast(Real x) {
 inline Vec<int64_t> widen(IntVec<double> v, int) { return v; }
 
 inline Vec<int64_t> widen(IntVec<float> v, int first) {
+#if defined(__AVX512F__)
+  const __m512i all = (__m512i)v;
+  return (Vec<int64_t>)_mm512_cvtepi32_epi64(first == 0 ? _mm512_castsi512_si256(all)
+                                                        : _mm512_extracti64x4_epi64(all, 1));
+#elif defined(__AVX2__)
+  const __m256i all = (__m256i)v;
+  return (Vec<int64_t>)_mm256_cvtepi32_epi64(first == 0 ? _mm256_castsi256_si128(all)
+                                                        : _mm256_extracti128_si256(all, 1));
+#else
   typedef VecN<int32_t, kLanes<int64_t>> Half;
   int32_t lanes[kLanes<float>];
   store_as(lanes, v);
   return __builtin_convertvector(load_as<Half>(lanes + first), Vec<int64_t>);
+#endif
 }
 
 // a * b + c, rounded once.
@@ -122,8 +132,19 @@ inline Vec<double> load(const double* p) { return load_as<Vec<double>>(p); }
 using Bits16 = VecN<uint16_t, kLanes<float>>;
 using Bits32 = VecN<uint32_t, kLanes<float>>;
 
+// One instruction, which GCC does not make of the conversion.
+inline Bits32 widen(Bits16 v) {
+#if defined(__AVX512F__)
+  return (Bits32)_mm512_cvtepu16_epi32((__m256i)v);
+#elif defined(__AVX2__)
+  return (Bits32)_mm256_cvtepu16_epi32((__m128i)v);
+#else
+  return __builtin_convertvector(v, Bits32);
+#endif
+}
+
 inline Vec<float> load(const BFloat16* p) {
-  return bit_cast<Vec<float>>(__builtin_convertvector(load_as<Bits16>(p), Bits32) << 16);
+  return bit_cast<Vec<float>>(widen(load_as<Bits16>(p)) << 16);
 }
 
 inline Vec<float> load(const Half* p) {
@@ -136,7 +157,7 @@ inline Vec<float> load(const Half* p) {
 #else
   // Place exponent and mantissa where float32 has them and correct the bias by a multiplication,
   // which also makes subnormals right; Inf and NaN then lack the rest of their exponent bits.
-  const Bits32 half = __builtin_convertvector(load_as<Bits16>(p), Bits32);
+  const Bits32 half = widen(load_as<Bits16>(p));
   const Bits32 magnitude = (half & 0x7fff) << 13;
   const Vec<float> scaled = bit_cast<Vec<float>>(magnitude) * 0x1p112f;
   const Bits32 special = (Bits32)((half & 0x7c00) == 0x7c00) & 0x7f800000;
