@@ -132,9 +132,9 @@ def ms_deform_attn_fused(
 ) -> Tensor:
     """Compute :func:`ms_deform_attn` from reference points, offsets and logits in one kernel.
 
-    Locations (arXiv 2010.04159, section 4.1 and appendix A.3) and the softmax over all samples of a
-    head are computed inside the kernel, in float32 (float64 for float64 values), and never written
-    to memory:
+    Locations (arXiv 2010.04159, section 4.1; for boxes appendix A.4) and the softmax over all
+    samples of a head are computed inside the kernel, in float32 (float64 for float64 values), and
+    never written to memory:
 
         points:  loc = (x, y) + offset / (W, H)
         boxes:   loc = (x, y) + offset * (w, h) / (2 * P)

@@ -364,8 +364,8 @@ inline Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  const IntVec<float> exponent = bit_cast<IntVec<float>>(shifted) << 23;
-  const Vec<float> result = bit_cast<Vec<float>>(bit_cast<IntVec<float>>(p) + exponent);
+  const Bits32 exponent = bit_cast<Bits32>(shifted) << 23;
+  const Vec<float> result = bit_cast<Vec<float>>(bit_cast<Bits32>(p) + exponent);
   return x != x ? x : underflows ? Vec<float>{} : result;
 }
 

@@ -1,0 +1,102 @@
+// Scratch memory, and arrays whose element type is known at run time only. Compiled once per
+// instruction set.
+
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "../problem.h"
+#include "simd.h"
+
+namespace msda {
+namespace MSDA_CPU_CAPABILITY {
+
+// An aligned array that is left uninitialised. (No std container: its functions, compiled for this
+// instruction set, could be the ones the linker keeps for all sets.)
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_(nullptr) {
+    const size_t bytes = (size * sizeof(T) + kVectorBytes) / kVectorBytes * kVectorBytes;
+    data_ = static_cast<T*>(std::aligned_alloc(kVectorBytes, bytes));
+    if (data_ == nullptr) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  T* get() { return data_; }
+  const T* get() const { return data_; }
+  T& operator[](int64_t i) { return data_[i]; }
+  const T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+inline int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Calls f with a null pointer of the array's element type.
+template <class F>
+inline auto dispatch_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(static_cast<double*>(nullptr));
+    case DType::kFloat16:
+      return f(static_cast<Half*>(nullptr));
+    case DType::kBFloat16:
+      return f(static_cast<BFloat16*>(nullptr));
+    default:
+      return f(static_cast<float*>(nullptr));
+  }
+}
+
+// Copies count elements, converting between element types on the way.
+template <class To, class From>
+inline void convert(const From* from, To* to, int64_t count) {
+  if constexpr (std::is_same_v<acc_t<To>, acc_t<From>>) {
+    constexpr int lanes = kLanes<acc_t<To>>;
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
+    if (i < count) store_partial(to + i, load_partial(from + i, int(count - i)), int(count - i));
+  } else if constexpr (std::is_arithmetic_v<To> && std::is_arithmetic_v<From>) {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+  } else {  // double <-> 16 bits, by way of float
+    for (int64_t i = 0; i < count; ++i) {
+      float single;
+      convert(from + i, &single, 1);
+      convert(&single, to + i, 1);
+    }
+  }
+}
+
+template <class Real>
+inline void read(const ConstArray& array, int64_t offset, int64_t count, Real* to) {
+  dispatch_dtype(array.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    convert(static_cast<const T*>(array.data) + offset, to, count);
+  });
+}
+
+// Like read(), but without a copy where the array already holds Real.
+template <class Real>
+inline const Real* view(const ConstArray& array, int64_t offset, int64_t count, Real* buffer) {
+  constexpr DType own = std::is_same_v<Real, double> ? DType::kFloat64 : DType::kFloat32;
+  if (array.dtype == own) return static_cast<const Real*>(array.data) + offset;
+  read(array, offset, count, buffer);
+  return buffer;
+}
+
+template <class Real>
+inline void write(const Array& array, int64_t offset, int64_t count, const Real* from) {
+  dispatch_dtype(array.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    convert(from, static_cast<T*>(array.data) + offset, count);
+  });
+}
+
+}  // namespace MSDA_CPU_CAPABILITY
+}  // namespace msda
