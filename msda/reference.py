@@ -36,7 +36,8 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """Compute :func:`msda.ms_deform_attn` in plain PyTorch; same arguments, same result.
 
-    ``level_start_index`` follows from ``spatial_shapes`` and is not read.
+    ``level_start_index`` follows from ``spatial_shapes`` and is not read. Shapes given as a tensor
+    on another device are read back to the host here, unlike in the compiled operator.
     """
     shapes = _as_pairs(spatial_shapes)
     points = _points_per_level(shapes, sampling_locations, num_points)

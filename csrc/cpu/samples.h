@@ -302,23 +302,21 @@ class Samples {
       y = counts ? y : Vec<Real>{};
       const Vec<Real> attention = counts ? load(p.weights + i) : Vec<Real>{};
 
-      // Floor: truncate, then step down where that rounded up (a mask is -1 where true).
-      IntVec<Real> x0 = __builtin_convertvector(x, IntVec<Real>);
-      IntVec<Real> y0 = __builtin_convertvector(y, IntVec<Real>);
-      x0 += x < __builtin_convertvector(x0, Vec<Real>);
-      y0 += y < __builtin_convertvector(y0, Vec<Real>);
-
-      // The fractions anew from what was given, not as x - x0: on a map 160 wide, the rounding of x
-      // would be 25 times all other errors of the output.
-      const Vec<Real> from_x0 = origin_x - __builtin_convertvector(x0, Vec<Real>);
-      const Vec<Real> from_y0 = origin_y - __builtin_convertvector(y0, Vec<Real>);
-      Vec<Real> fx = multiply_add(given_x, step_x, from_x0) + load(to_pixels.x.rest + i);
-      Vec<Real> fy = multiply_add(given_y, step_y, from_y0) + load(to_pixels.y.rest + i);
+      // The fraction anew from what was given, not as x - x0: on a map 160 wide, the rounding of x
+      // would be 25 times all other errors of the output. x0 is truncated first; where that, or the
+      // rounding of x, put it past the sample, the fraction comes out negative and x0 is one less.
+      Vec<Real> x0 = truncate(x), y0 = truncate(y);
+      Vec<Real> fx = multiply_add(given_x, step_x, origin_x - x0) + load(to_pixels.x.rest + i);
+      Vec<Real> fy = multiply_add(given_y, step_y, origin_y - y0) + load(to_pixels.y.rest + i);
+      x0 = fx < 0 ? x0 - 1 : x0;
+      y0 = fy < 0 ? y0 - 1 : y0;
+      fx = fx < 0 ? fx + 1 : fx;
+      fy = fy < 0 ? fy + 1 : fy;
       fx = counts ? fx : Vec<Real>{};
       fy = counts ? fy : Vec<Real>{};
 
-      const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x < width - 1);
-      const IntVec<Real> north = y0 >= 0, south = y < height - 1;
+      const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x0 < width - 1);
+      const IntVec<Real> north = y0 >= 0, south = y0 < height - 1;
       const Corners<IntVec<Real>> read{west & north, east & north, west & south, east & south};
       const Corners<Vec<Real>> weights = corner_weights(fx, fy);
       store(p.corner_weight + corner_index(kNw, i), read.nw ? attention * weights.nw : Vec<Real>{});
@@ -333,7 +331,8 @@ class Samples {
 
       const IntVec<Real> corners = (read.nw & (1 << kNw)) | (read.ne & (1 << kNe)) |
                                    (read.sw & (1 << kSw)) | (read.se & (1 << kSe));
-      place(p, i, x0, y0, corners, value_rows, grad_rows);
+      place(p, i, __builtin_convertvector(x0, IntVec<Real>),
+            __builtin_convertvector(y0, IntVec<Real>), corners, value_rows, grad_rows);
     }
   }
 

@@ -105,6 +105,15 @@ inline Vec<int64_t> widen(IntVec<float> v, int first) {
 #endif
 }
 
+template <class Real>
+inline VecN<Real, kLanes<Real>> truncate_lanes(Vec<Real> v) {
+  return __builtin_convertvector(__builtin_convertvector(v, IntVec<Real>), Vec<Real>);
+}
+
+// Towards zero; for numbers that fit an integer.
+inline Vec<float> truncate(Vec<float> v) { return truncate_lanes<float>(v); }
+inline Vec<double> truncate(Vec<double> v) { return truncate_lanes<double>(v); }
+
 // a * b + c, rounded once.
 inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
 
