@@ -12,8 +12,6 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 namespace {
 
-constexpr int64_t kQueryTile = 32;
-
 // Where a task sums the gradient of one head's pixels: in grad_value itself or in a buffer of its
 // own.
 template <class Real>

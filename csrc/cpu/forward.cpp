@@ -7,11 +7,6 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 namespace {
 
-// Queries that are walked head by head before the next ones: they share pixels. (The rows of one
-// head lie M * D elements apart and so fall into a fraction of the L1 sets, which speaks against
-// walking a head for long; measured, anything from 1 to 32 is within a few per cent.)
-constexpr int64_t kQueryTile = 32;
-
 // Sums the samples of one query and head over kVectors vectors of channels, or over the first
 // `channels` lanes of one vector where kPartial.
 //   value: value[b, 0, m, d:]   output: output[b, q, m * D + d:]

@@ -14,6 +14,11 @@
 namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 
+// Queries that are walked head by head before the next ones: they share pixels. (The rows of one
+// head lie M * D elements apart and so fall into a fraction of the L1 sets, which speaks against
+// walking a head for long; measured, anything from 1 to 32 is within a few per cent.)
+constexpr int64_t kQueryTile = 32;
+
 // From what the caller gave for one axis (a location or an offset) to a pixel coordinate:
 // step * given + origin + rest. One entry per sample; rest is what origin lost to rounding.
 template <class Real>
