@@ -101,10 +101,21 @@ def assert_equal(inputs: Inputs) -> None:
     pairs = zip(backward_of(ours, inputs)(), backward_of(grid_sample_core, inputs)(), strict=True)
     for name, (actual, expected) in zip(("value", "locations", "weights"), pairs, strict=True):
         error = relative_error(actual, expected)
-        # Where the two round a coordinate to different sides of a cell edge, the gradient of that
-        # location jumps: both are right.
-        allowed = 2e-2 if name == "locations" else limit
+        # Where grid_sample rounds a coordinate across a cell edge, its gradient of that location is
+        # the other cell's: up to 9e-4 in all.
+        allowed = 2e-3 if name == "locations" else limit
         assert error < allowed, f"grad_{name} differs by {error:.1e}, at most {allowed:.1e}"
+
+
+def assert_close_in(dtype: torch.dtype, actual: object, expected: object) -> None:
+    """Ours in 16 bits against ours in float32: inputs, grad_output and results are each rounded."""
+    pairs = (
+        [(actual, expected)] if isinstance(actual, Tensor) else zip(actual, expected, strict=True)
+    )
+    for half, full in pairs:
+        error = relative_error(half, full)
+        limit = 5 * TOLERANCES[dtype]
+        assert error < limit, f"{dtype} differs by {error:.1e}, at most {limit:.1e} expected"
 
 
 def measure(name: str, direction: str, threads: int, seconds_budget: float) -> dict[str, object]:
@@ -141,7 +152,7 @@ def measure(name: str, direction: str, threads: int, seconds_budget: float) -> d
         values = map_tensors(inputs, lambda tensor: tensor)
         values.value = inputs.value.to(dtype)
         run = make(ours, values)
-        seconds(run)
+        assert_close_in(dtype, run(), our_run())
         times = []
         for _ in range(max(5, min(30, 2 * rounds))):
             times.append((seconds(our_run), seconds(run)))

@@ -268,7 +268,8 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
 
 // ---- CPU ----------------------------------------------------------------------------------------
 
-// The least work that is worth waking a thread for, in samples times channels: about 20 us.
+// The least work that is worth waking a thread for, in samples times channels: some 70 us of
+// forward where an encoder of 91 million takes 48 ms on one thread.
 constexpr int64_t kMinWorkPerThread = 1 << 17;
 
 // torch's parallel_for, with exceptions handed through: torch would name only the call that failed.

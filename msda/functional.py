@@ -51,8 +51,8 @@ def ms_deform_attn(
         level_start_index: (L,) first row of each level in S, or None. It follows from
             ``spatial_shapes``: on the CPU it is checked against them, elsewhere it is not read.
         sampling_locations: (B, Q, M, L, P, 2) last axis (x, y), 0..1 across the map. Any of the
-            four dtypes; use float32 even for 16-bit values, because a bfloat16 location is off by
-            up to 0.6 pixels on a map 160 wide (float16: 0.08).
+            four dtypes; use float32 even for 16-bit values, because a bfloat16 location moves in
+            steps of 0.6 pixels on a map 160 wide (float16: 0.08).
         attention_weights: (B, Q, M, L, P) already softmaxed over the L * P axes; any of the four
             dtypes.
         num_points: one count per level for levels with different numbers of points, as in

@@ -36,8 +36,8 @@ struct PixelTransform {
 // Where the pixels of one head lie in memory, in bytes from a base pointer: key k at
 // (k - first_key) * key_stride. Corners that are not to be read or written go to `nowhere`, a row
 // of zeros to read or a row of rubbish to add to. That keeps the loops over samples free of
-// branches, which one sample in five of an encoder would mispredict, and keeps an Inf in a pixel
-// that is not a corner from leaking through a zero weight.
+// branches, which the one sample in seven of an encoder that lies at an edge would mislead, and
+// keeps an Inf in a pixel that is not a corner from leaking through a zero weight.
 struct Rows {
   int64_t key_stride;
   int64_t first_key;
@@ -55,6 +55,8 @@ inline T* at_distance(T* from, int64_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<intptr_t>(from) + bytes);
 }
 
+// The samples of one query and head at a time, for the queries given to set_queries() (fused form)
+// or for any (plain form). Holds the tables and buffers that outlive a query.
 template <class Real>
 class Samples {
  public:

@@ -98,10 +98,10 @@ inline Vec<int64_t> widen(IntVec<float> v, int first) {
   return (Vec<int64_t>)_mm256_cvtepi32_epi64(first == 0 ? _mm256_castsi256_si128(all)
                                                         : _mm256_extracti128_si256(all, 1));
 #else
-  typedef VecN<int32_t, kLanes<int64_t>> Half;
+  typedef VecN<int32_t, kLanes<int64_t>> Part;
   int32_t lanes[kLanes<float>];
   store_as(lanes, v);
-  return __builtin_convertvector(load_as<Half>(lanes + first), Vec<int64_t>);
+  return __builtin_convertvector(load_as<Part>(lanes + first), Vec<int64_t>);
 #endif
 }
 
