@@ -41,6 +41,25 @@ MSDA_HOST_DEVICE auto sample_counts(Real x, Real y, Real width, Real height) {
   return (x > -1) & (x < width) & (y > -1) & (y < height);
 }
 
+// Where a sample lies along one axis: the first pixel of its cell, and how far from that in [0, 1].
+template <class Real>
+struct Cell {
+  Real first;
+  Real fraction;
+};
+
+// The cell of pixel coordinate x = step * given + origin + rest, where rest is what origin lost to
+// rounding. The fraction is computed anew from what was given, not as x - first: on a map 160 wide,
+// the rounding of x would be 25 times all other errors of the output. The first pixel is x
+// truncated; where that, or the rounding of x, put it past the sample, the fraction comes out
+// negative and the first pixel is one less. Math has truncate() and multiply_add(), rounded once.
+template <class Math, class Real>
+MSDA_HOST_DEVICE Cell<Real> find_cell(Real given, Real step, Real origin, Real rest, Real x) {
+  const Real first = Math::truncate(x);
+  const Real fraction = Math::multiply_add(given, step, origin - first) + rest;
+  return {fraction < 0 ? first - 1 : first, fraction < 0 ? fraction + 1 : fraction};
+}
+
 template <class Real>
 MSDA_HOST_DEVICE Corners<Real> corner_weights(Real fx, Real fy) {
   const Real gx = 1 - fx;

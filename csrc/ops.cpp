@@ -1,12 +1,19 @@
 // The torch side of the operator: schemas, input checks, allocation and dispatch, written against
 // LibTorch's stable ABI so that one binary serves every torch from 2.10 on.
 
+#ifdef MSDA_WITH_CUDA
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+// In a torch without CUDA there is no such symbol; its address is then null.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
+#endif
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <new>
@@ -19,6 +26,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cuda/kernels.h"
 #include "problem.h"
 
 namespace msda {
@@ -88,11 +96,16 @@ Array mutable_array(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), dtype_of(tensor, "gradient")};
 }
 
-// The elements of an integer tensor on the CPU.
-Sizes read_integers(const Tensor& tensor, const char* name) {
+void check_is_integer(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
   check(type == ScalarType::Long || type == ScalarType::Int, name, " must be int64 or int32, got ",
         torch::headeronly::toString(type));
+}
+
+// The elements of an integer tensor on the CPU.
+Sizes read_integers(const Tensor& tensor, const char* name) {
+  check_is_integer(tensor, name);
+  const ScalarType type = tensor.scalar_type();
   const Tensor dense = torch::stable::contiguous(tensor);
   Sizes numbers(dense.numel());
   for (size_t i = 0; i < numbers.size(); ++i) {
@@ -124,8 +137,23 @@ struct Call {
     kept.push_back(torch::stable::contiguous(tensor));
     return kept.back();
   }
+
+  // The same for numbers that CUDA kernels read in pairs, which must be aligned to pairs.
+  const Tensor& keep_pairs(const Tensor& tensor) {
+    const Tensor& dense = keep(tensor);
+    const auto address = reinterpret_cast<uintptr_t>(dense.const_data_ptr());
+    if (dense.is_cpu() || address % (2 * dense.element_size()) == 0) return dense;
+    return kept.back() = torch::stable::clone(dense);
+  }
 };
 
+// Whether the sizes of the levels are known to the GPU alone. They are then neither read nor
+// checked here.
+bool shapes_are_on_gpu(const Pyramid& pyramid) {
+  return pyramid.spatial_shapes_tensor && !pyramid.spatial_shapes_tensor->is_cpu();
+}
+
+// All numbers are 0 where the GPU alone knows them.
 Sizes read_spatial_shapes(const Pyramid& pyramid) {
   if (!pyramid.spatial_shapes_tensor) {
     check(pyramid.spatial_shapes.size() % 2 == 0,
@@ -136,7 +164,13 @@ Sizes read_spatial_shapes(const Pyramid& pyramid) {
   const Tensor& shapes = *pyramid.spatial_shapes_tensor;
   check(shapes.dim() == 2 && shapes.size(1) == 2, "spatial_shapes must have shape (L, 2), got ",
         to_string(sizes_of(shapes)));
-  check(shapes.is_cpu(), "spatial_shapes must be on the CPU when value is, got a tensor on cuda");
+  if (!shapes.is_cpu()) {
+    check(!pyramid.value.is_cpu(),
+          "spatial_shapes must be on the CPU when value is, got a tensor on cuda");
+    check_device(shapes, "spatial_shapes", pyramid.value);
+    check_is_integer(shapes, "spatial_shapes");
+    return Sizes(2 * shapes.size(0), 0);
+  }
   return read_integers(shapes, "spatial_shapes");
 }
 
@@ -154,6 +188,7 @@ void read_pyramid(const Pyramid& pyramid, Call& call) {
   const Sizes shapes = read_spatial_shapes(pyramid);
   problem.num_levels = shapes.size() / 2;
   check(problem.num_levels > 0, "spatial_shapes must hold at least one level, got none");
+  const bool known = !shapes_are_on_gpu(pyramid);
   const bool ragged = !pyramid.num_points.empty();
   check(!ragged || int64_t(pyramid.num_points.size()) == problem.num_levels,
         "num_points must hold one count per level (", problem.num_levels, "), got ",
@@ -162,7 +197,8 @@ void read_pyramid(const Pyramid& pyramid, Call& call) {
   int64_t start = 0;
   for (int64_t l = 0; l < problem.num_levels; ++l) {
     const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
-    check(height > 0 && width > 0, "spatial_shapes must be positive, got ", to_string(shapes));
+    check(!known || (height > 0 && width > 0), "spatial_shapes must be positive, got ",
+          to_string(shapes));
     check(std::max(height, width) <= kMaxSide || value.scalar_type() == ScalarType::Double,
           "spatial_shapes must be at most 2^24 on a side, where float32 coordinates end, got ",
           to_string(shapes));
@@ -177,11 +213,12 @@ void read_pyramid(const Pyramid& pyramid, Call& call) {
           " keys of value, got 2^63 pixels or more: ", to_string(shapes));
   }
   problem.levels = call.levels.data();
-  check(start == problem.num_keys, "spatial_shapes must cover the S = ", problem.num_keys,
+  check(!known || start == problem.num_keys, "spatial_shapes must cover the S = ", problem.num_keys,
         " keys of value, got ", start, " pixels: ", to_string(shapes));
 
-  // The start of a level follows from the shapes: given on the CPU it is checked, else not read.
-  if (pyramid.level_start_index && pyramid.level_start_index->is_cpu()) {
+  // The start of a level follows from the shapes: where both are on the CPU it is checked, else it
+  // is not read.
+  if (known && pyramid.level_start_index && pyramid.level_start_index->is_cpu()) {
     check(pyramid.level_start_index->dim() == 1, "level_start_index must have shape (L,), got ",
           to_string(sizes_of(*pyramid.level_start_index)));
     const Sizes given = read_integers(*pyramid.level_start_index, "level_start_index");
@@ -221,7 +258,7 @@ void read_samples(const Pyramid& pyramid, const Tensor& points, const char* poin
   check_shape(weights, weights_name, ragged ? "(B, Q, M, K)" : "(B, Q, M, L, P)", expected);
   expected.push_back(2);
   check_shape(points, points_name, letters, expected);
-  problem.points = const_array(call.keep(points), points_name);
+  problem.points = const_array(call.keep_pairs(points), points_name);
   problem.weights = const_array(call.keep(weights), weights_name);
 }
 
@@ -251,7 +288,7 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
       (shape[2] == problem.num_levels || shape[2] == 1) && (shape[3] == 2 || shape[3] == 4);
   check(valid, "reference_points must have shape (B, Q, L or 1, 2 or 4) = (", problem.batch, ", ",
         problem.num_queries, ", ", problem.num_levels, " or 1, 2 or 4), got ", to_string(shape));
-  problem.reference = const_array(call.keep(reference_points), "reference_points");
+  problem.reference = const_array(call.keep_pairs(reference_points), "reference_points");
   problem.reference_levels = shape[2];
   problem.reference_size = shape[3];
 
@@ -264,6 +301,11 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
     problem.padding_mask = call.keep(*padding_mask).const_data_ptr<bool>();
   }
   return call;
+}
+
+// The type in which the gradients of a value are summed.
+ScalarType sum_type(const Tensor& value) {
+  return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 // ---- CPU ----------------------------------------------------------------------------------------
@@ -294,18 +336,12 @@ int64_t work_per_query_and_head(const Problem& problem) {
   return problem.num_samples * std::max<int64_t>(problem.head_dim, 16);
 }
 
-Tensor forward_cpu(const Call& call, const Tensor& value) {
-  const Problem& problem = call.problem;
-  const Tensor output = torch::stable::new_empty(
-      value, {problem.batch, problem.num_queries, problem.num_heads * problem.head_dim});
-  if (output.numel() == 0) return output;
+void run_forward_cpu(const Problem& problem, const ForwardOutputs& outputs) {
   const CpuKernels& kernels = cpu_kernels();
-  const ForwardOutputs outputs{mutable_array(output)};
   parallel_for(
       0, problem.batch * problem.num_queries,
       grain_size(work_per_query_and_head(problem) * problem.num_heads),
       [&](int64_t first, int64_t last) { kernels.forward(problem, outputs, first, last); });
-  return output;
 }
 
 void zero_fill(const Tensor& tensor) {
@@ -322,19 +358,10 @@ bool split_by_level(int64_t num_tasks) {
   return 4 * num_tasks < 3 * busiest * threads;
 }
 
-// gradients: those that outputs points into, grad_value first.
-void backward_cpu(const Call& call, const Tensor& grad_output, const Tensor* output,
-                  const BackwardOutputs& outputs, const std::vector<Tensor>& gradients) {
-  const Problem& problem = call.problem;
+void run_backward_cpu(const Problem& problem, const BackwardInputs& inputs,
+                      const BackwardOutputs& outputs, const Tensor& grad_value) {
   const CpuKernels& kernels = cpu_kernels();
-  if (grad_output.numel() == 0 || problem.num_samples == 0) {
-    for (const Tensor& gradient : gradients) zero_fill(gradient);
-    return;
-  }
-  if (sums_in_place(problem)) zero_fill(gradients.front());
-
-  const BackwardInputs inputs{const_array(grad_output, "grad_output"),
-                              output ? const_array(*output, "output") : ConstArray{}};
+  if (sums_in_place(problem)) zero_fill(grad_value);
   const int64_t num_heads = problem.batch * problem.num_heads;
   const bool by_level = split_by_level(num_heads);
   const int64_t num_parts = by_level ? problem.num_levels : 1;
@@ -352,26 +379,110 @@ void backward_cpu(const Call& call, const Tensor& grad_output, const Tensor* out
   }
 }
 
-Tensor ms_deform_attn_cpu(const Tensor& value, Sizes spatial_shapes,
-                          std::optional<Tensor> spatial_shapes_tensor,
-                          std::optional<Tensor> level_start_index, const Tensor& sampling_locations,
-                          const Tensor& attention_weights, Sizes num_points, bool nearest) {
-  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
-                        num_points};
-  return forward_cpu(plain_call(pyramid, sampling_locations, attention_weights, nearest), value);
+// ---- CUDA ---------------------------------------------------------------------------------------
+
+#ifdef MSDA_WITH_CUDA
+
+// Runs f(CudaCall) with value's device as the current one.
+template <class F>
+void with_cuda(const Call& call, const Pyramid& pyramid, const F& f) {
+  // Weak: a torch without CUDA has no such symbol, and loads this library all the same.
+  check(aoti_torch_get_current_cuda_stream != nullptr,
+        "value must be on the CPU, got a CUDA tensor: this torch has no CUDA");
+  const auto device = pyramid.value.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  CudaCall cuda_call;
+  check(aoti_torch_get_current_cuda_stream(device, &cuda_call.stream) == AOTI_TORCH_SUCCESS,
+        "torch must give msda a CUDA stream, got an error");
+  const bool on_gpu = shapes_are_on_gpu(pyramid);
+  std::optional<Tensor> shapes, level_table;
+  if (on_gpu) {
+    shapes = torch::stable::contiguous(*pyramid.spatial_shapes_tensor);
+    cuda_call.spatial_shapes = shapes->const_data_ptr();
+    cuda_call.shapes_are_int64 = shapes->scalar_type() == ScalarType::Long;
+  }
+  const int64_t table_bytes = level_table_bytes(call.problem.num_levels, on_gpu);
+  if (table_bytes > 0) {
+    level_table = torch::stable::new_empty(pyramid.value, {table_bytes}, ScalarType::Byte);
+    cuda_call.level_table = level_table->mutable_data_ptr();
+  }
+  f(cuda_call);
 }
 
-Tensor ms_deform_attn_fused_cpu(const Tensor& value, Sizes spatial_shapes,
-                                std::optional<Tensor> spatial_shapes_tensor,
-                                std::optional<Tensor> level_start_index,
-                                const Tensor& reference_points, const Tensor& sampling_offsets,
-                                const Tensor& attention_logits, Sizes num_points,
-                                std::optional<Tensor> padding_mask) {
+// The stable order of integers: sorted, and where each came from.
+std::pair<Tensor, Tensor> sort(const Tensor& integers) {
+  std::array<StableIValue, 4> stack{
+      torch::stable::detail::from(integers), torch::stable::detail::from(std::optional(true)),
+      torch::stable::detail::from(int64_t(-1)), torch::stable::detail::from(false)};
+  check(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION) ==
+            AOTI_TORCH_SUCCESS,
+        "torch must sort the cells of a deterministic backward, got an error");
+  return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
+}
+
+void run_backward_cuda(const Problem& problem, const BackwardInputs& inputs,
+                       BackwardOutputs outputs, const Tensor& value, bool deterministic,
+                       const CudaCall& call) {
+  const Array grad_value = outputs.grad_value;
+  const bool gathers = deterministic && grad_value.data != nullptr;
+  if (gathers) outputs.grad_value = {};
+  const bool has_others = outputs.grad_value.data || outputs.grad_points.data ||
+                          outputs.grad_weights.data || outputs.grad_reference.data;
+  if (has_others) backward_cuda(problem, inputs, outputs, call);
+  if (!gathers) return;
+  const int64_t num_samples =
+      problem.batch * problem.num_queries * problem.num_heads * problem.num_samples;
+  const Tensor cells = torch::stable::new_empty(value, {num_samples}, ScalarType::Long);
+  const Tensor weights = torch::stable::new_empty(value, {num_samples, 4}, sum_type(value));
+  SortedSamples samples;
+  samples.cells = cells.mutable_data_ptr<int64_t>();
+  samples.weights = weights.mutable_data_ptr();
+  sample_cells_cuda(problem, samples, call);
+  const auto [sorted_cells, sample_order] = sort(cells);
+  samples.sorted_cells = sorted_cells.const_data_ptr<int64_t>();
+  samples.sample_order = sample_order.const_data_ptr<int64_t>();
+  gather_cuda(problem, inputs, grad_value, samples, call);
+}
+
+#endif
+
+// ---- either -------------------------------------------------------------------------------------
+
+Tensor run_forward(const Call& call, const Pyramid& pyramid) {
+  const Problem& problem = call.problem;
+  const Tensor output = torch::stable::new_empty(
+      pyramid.value, {problem.batch, problem.num_queries, problem.num_heads * problem.head_dim});
+  if (output.numel() == 0) return output;
+  const ForwardOutputs outputs{mutable_array(output)};
+#ifdef MSDA_WITH_CUDA
+  if (!pyramid.value.is_cpu()) {
+    with_cuda(call, pyramid, [&](const CudaCall& cuda) { forward_cuda(problem, outputs, cuda); });
+    return output;
+  }
+#endif
+  run_forward_cpu(problem, outputs);
+  return output;
+}
+
+Tensor ms_deform_attn(const Tensor& value, Sizes spatial_shapes,
+                      std::optional<Tensor> spatial_shapes_tensor,
+                      std::optional<Tensor> level_start_index, const Tensor& sampling_locations,
+                      const Tensor& attention_weights, Sizes num_points, bool nearest) {
   const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
                         num_points};
-  return forward_cpu(
+  return run_forward(plain_call(pyramid, sampling_locations, attention_weights, nearest), pyramid);
+}
+
+Tensor ms_deform_attn_fused(const Tensor& value, Sizes spatial_shapes,
+                            std::optional<Tensor> spatial_shapes_tensor,
+                            std::optional<Tensor> level_start_index, const Tensor& reference_points,
+                            const Tensor& sampling_offsets, const Tensor& attention_logits,
+                            Sizes num_points, std::optional<Tensor> padding_mask) {
+  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
+                        num_points};
+  return run_forward(
       fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask),
-      value);
+      pyramid);
 }
 
 // grad_output, or the forward's output, as the kernels read it.
@@ -393,48 +504,75 @@ Tensor gradient_of(const Tensor& input, bool wanted) {
   return torch::stable::new_empty(input, wanted ? sizes_of(input) : Sizes{0});
 }
 
-std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward_cpu(
+// The same for value. CUDA kernels add to it, which takes zeros, and at least 32 bits.
+Tensor sum_of_gradients(const Tensor& value, bool wanted) {
+  if (value.is_cpu() || !wanted) return gradient_of(value, wanted);
+  return torch::stable::new_zeros(value, sizes_of(value), sum_type(value));
+}
+
+// gradients: those that outputs points into, grad_value first.
+void run_backward(const Call& call, const Pyramid& pyramid, const Tensor& grad_output,
+                  const Tensor* output, const BackwardOutputs& outputs,
+                  std::vector<Tensor> gradients, bool deterministic) {
+  const Problem& problem = call.problem;
+  if (grad_output.numel() == 0 || problem.num_samples == 0) {
+    for (Tensor& gradient : gradients) torch::stable::zero_(gradient);
+    return;
+  }
+  const BackwardInputs inputs{const_array(grad_output, "grad_output"),
+                              output ? const_array(*output, "output") : ConstArray{}};
+#ifdef MSDA_WITH_CUDA
+  if (!pyramid.value.is_cpu()) {
+    with_cuda(call, pyramid, [&](const CudaCall& cuda) {
+      run_backward_cuda(problem, inputs, outputs, pyramid.value, deterministic, cuda);
+    });
+    return;
+  }
+#endif
+  (void)pyramid, (void)deterministic;  // the CPU's backward always is
+  run_backward_cpu(problem, inputs, outputs, gradients.front());
+}
+
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     const Tensor& grad_output, const Tensor& value, Sizes spatial_shapes,
     std::optional<Tensor> spatial_shapes_tensor, std::optional<Tensor> level_start_index,
     const Tensor& sampling_locations, const Tensor& attention_weights, Sizes num_points,
-    bool nearest, bool needs_value, bool needs_locations, bool needs_weights) {
+    bool nearest, bool needs_value, bool needs_locations, bool needs_weights, bool deterministic) {
   const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
                         num_points};
   const Call call = plain_call(pyramid, sampling_locations, attention_weights, nearest);
   const Tensor dense_grad_output = dense_like_output(grad_output, "grad_output", call, value);
-  const Tensor grad_value = gradient_of(value, needs_value);
+  const Tensor grad_value = sum_of_gradients(value, needs_value);
   const Tensor grad_locations = gradient_of(sampling_locations, needs_locations);
   const Tensor grad_weights = gradient_of(attention_weights, needs_weights);
   BackwardOutputs outputs;
   outputs.grad_value = mutable_array(grad_value);
   outputs.grad_points = mutable_array(grad_locations);
   outputs.grad_weights = mutable_array(grad_weights);
-  backward_cpu(call, dense_grad_output, nullptr, outputs,
-               {grad_value, grad_locations, grad_weights});
-  return {grad_value, grad_locations, grad_weights};
+  run_backward(call, pyramid, dense_grad_output, nullptr, outputs,
+               {grad_value, grad_locations, grad_weights}, deterministic);
+  return {torch::stable::to(grad_value, value.scalar_type()), grad_locations, grad_weights};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
     const Tensor& grad_output, const Tensor& output, const Tensor& value, Sizes spatial_shapes,
     std::optional<Tensor> spatial_shapes_tensor, std::optional<Tensor> level_start_index,
     const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
     Sizes num_points, std::optional<Tensor> padding_mask, bool needs_value, bool needs_reference,
-    bool needs_offsets, bool needs_logits) {
+    bool needs_offsets, bool needs_logits, bool deterministic) {
   const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
                         num_points};
   const Call call =
       fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask);
   const Tensor dense_grad_output = dense_like_output(grad_output, "grad_output", call, value);
   const Tensor dense_output = dense_like_output(output, "output", call, value);
-  const Tensor grad_value = gradient_of(value, needs_value);
+  const Tensor grad_value = sum_of_gradients(value, needs_value);
   const Tensor grad_reference = gradient_of(reference_points, needs_reference);
   // The gradient of the reference points is summed from that of the offsets, which must then not be
   // rounded to 16 bits on the way.
-  const ScalarType sum_type =
-      value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const Tensor grad_offsets =
       needs_reference
-          ? torch::stable::new_empty(sampling_offsets, sizes_of(sampling_offsets), sum_type)
+          ? torch::stable::new_empty(sampling_offsets, sizes_of(sampling_offsets), sum_type(value))
           : gradient_of(sampling_offsets, needs_offsets);
   const Tensor grad_logits = gradient_of(attention_logits, needs_logits);
   BackwardOutputs outputs;
@@ -442,9 +580,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward_cpu(
   outputs.grad_points = mutable_array(grad_offsets);
   outputs.grad_weights = mutable_array(grad_logits);
   outputs.grad_reference = mutable_array(grad_reference);
-  backward_cpu(call, dense_grad_output, &dense_output, outputs,
-               {grad_value, grad_offsets, grad_logits, grad_reference});
-  return {grad_value, grad_reference,
+  run_backward(call, pyramid, dense_grad_output, &dense_output, outputs,
+               {grad_value, grad_offsets, grad_logits, grad_reference}, deterministic);
+  return {torch::stable::to(grad_value, value.scalar_type()), grad_reference,
           needs_offsets ? torch::stable::to(grad_offsets, sampling_offsets.scalar_type())
                         : gradient_of(sampling_offsets, false),
           grad_logits};
@@ -469,7 +607,8 @@ STABLE_TORCH_LIBRARY(msda, m) {
       "_ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
       "Tensor? spatial_shapes_tensor, Tensor? level_start_index, Tensor sampling_locations, "
       "Tensor attention_weights, int[] num_points, bool nearest, bool needs_value, "
-      "bool needs_locations, bool needs_weights) -> (Tensor, Tensor, Tensor)");
+      "bool needs_locations, bool needs_weights, bool deterministic=False) -> (Tensor, Tensor, "
+      "Tensor)");
   m.def(
       "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor? spatial_shapes_tensor, "
       "Tensor? level_start_index, Tensor reference_points, Tensor sampling_offsets, "
@@ -479,24 +618,30 @@ STABLE_TORCH_LIBRARY(msda, m) {
       "SymInt[] spatial_shapes, Tensor? spatial_shapes_tensor, Tensor? level_start_index, "
       "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
       "int[] num_points, Tensor? padding_mask, bool needs_value, bool needs_reference, "
-      "bool needs_offsets, bool needs_logits) -> (Tensor, Tensor, Tensor, Tensor)");
+      "bool needs_offsets, bool needs_logits, bool deterministic=False) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(msda, CPU, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn_cpu));
-  m.impl("_ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward_cpu));
-  m.impl("ms_deform_attn_fused", TORCH_BOX(&ms_deform_attn_fused_cpu));
-  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&ms_deform_attn_fused_backward_cpu));
+  m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn));
+  m.impl("_ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&ms_deform_attn_fused));
+  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&ms_deform_attn_fused_backward));
 }
 
-#ifndef MSDA_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(msda, CUDA, m) {
+#ifdef MSDA_WITH_CUDA
+  m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn));
+  m.impl("_ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&ms_deform_attn_fused));
+  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&ms_deform_attn_fused_backward));
+#else
   m.impl("ms_deform_attn", &refuse_cuda);
   m.impl("_ms_deform_attn_backward", &refuse_cuda);
   m.impl("ms_deform_attn_fused", &refuse_cuda);
   m.impl("_ms_deform_attn_fused_backward", &refuse_cuda);
-}
 #endif
+}
 
 }  // namespace msda
 

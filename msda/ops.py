@@ -106,6 +106,7 @@ def _fake_backward(
     needs_value: bool,
     needs_locations: bool,
     needs_weights: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         _fake_gradient(value, needs_value),
@@ -155,6 +156,7 @@ def _fake_fused_backward(
     needs_reference: bool,
     needs_offsets: bool,
     needs_logits: bool,
+    deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return (
         _fake_gradient(value, needs_value),
@@ -191,6 +193,7 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         needs[0],
         needs[4],
         needs[5],
+        torch.are_deterministic_algorithms_enabled(),
     )
     return (
         grad_value if needs[0] else None,
@@ -233,6 +236,7 @@ def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             needs[4],
             needs[5],
             needs[6],
+            torch.are_deterministic_algorithms_enabled(),
         )
     )
     return (

@@ -128,13 +128,6 @@ def test_the_cuda_switch_takes_no_other_words(tmp_path):
 
 
 @pytest.fixture
-def cuda_source(tmp_path):
-    source = tmp_path / "empty.cu"
-    source.write_text("__global__ void nothing() {}\n")
-    return f"-DMSDA_CUDA_SOURCES={source}"
-
-
-@pytest.fixture
 def path_without_nvcc(tmp_path):
     """A PATH that holds what CMake needs, but no nvcc."""
     for tool in ("cmake", "ninja", "c++", "g++", "cc", "gcc", "ld", "ar", "ranlib", "as", "uname"):
@@ -144,12 +137,12 @@ def path_without_nvcc(tmp_path):
     return str(tmp_path / "bin")
 
 
-def test_cuda_is_left_out_without_nvcc(tmp_path, cuda_source, path_without_nvcc):
+def test_cuda_is_left_out_without_nvcc(tmp_path, path_without_nvcc):
     environment = {"PATH": path_without_nvcc, "CUDACXX": "", "CUDA_PATH": "", "CUDA_HOME": ""}
-    status, text = configure(tmp_path / "build", cuda_source, **environment)
+    status, text = configure(tmp_path / "build", **environment)
     assert status == 0
     assert "CUDA kernels: off (nvcc was not found" in text
-    status, text = configure(tmp_path / "build1", cuda_source, "-DMSDA_CUDA=1", **environment)
+    status, text = configure(tmp_path / "build1", "-DMSDA_CUDA=1", **environment)
     assert status != 0
     assert "MSDA_CUDA=1 asks for CUDA kernels, but nvcc was not found" in text
 
@@ -158,8 +151,8 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 
 @needs_nvcc
-def test_cuda_is_built_where_nvcc_is_found_whether_or_not_there_is_a_gpu(tmp_path, cuda_source):
-    status, text = configure(tmp_path / "build", cuda_source)
+def test_cuda_is_built_where_nvcc_is_found_whether_or_not_there_is_a_gpu(tmp_path):
+    status, text = configure(tmp_path / "build")
     assert status == 0
     assert (
         "CUDA kernels: on, 75-real,80-real,86-real,89-real,90-real,100-real,120-real,120-virtual"
@@ -168,10 +161,10 @@ def test_cuda_is_built_where_nvcc_is_found_whether_or_not_there_is_a_gpu(tmp_pat
 
 
 @needs_nvcc
-def test_cuda_architectures_are_read_as_torch_reads_them(tmp_path, cuda_source):
-    status, text = configure(tmp_path / "a", cuda_source, TORCH_CUDA_ARCH_LIST="8.0 9.0a;10.0+PTX")
+def test_cuda_architectures_are_read_as_torch_reads_them(tmp_path):
+    status, text = configure(tmp_path / "a", TORCH_CUDA_ARCH_LIST="8.0 9.0a;10.0+PTX")
     assert status == 0
     assert "CUDA kernels: on, 80-real,90a-real,100-real,100-virtual" in text
-    status, text = configure(tmp_path / "b", cuda_source, TORCH_CUDA_ARCH_LIST="Hopper")
+    status, text = configure(tmp_path / "b", TORCH_CUDA_ARCH_LIST="Hopper")
     assert status != 0
     assert "TORCH_CUDA_ARCH_LIST must hold entries such as 9.0 or 9.0+PTX, got 'Hopper'." in text

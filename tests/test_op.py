@@ -94,7 +94,7 @@ def test_opcheck_of_the_backward(device, sizes, form):
     for needs in [(True, True, True), (False, True, False)]:
         torch.library.opcheck(
             torch.ops.msda._ms_deform_attn_backward,
-            (random_like_output(inputs), *arguments, *needs),
+            (random_like_output(inputs), *arguments, *needs, False),
         )
 
 
@@ -106,7 +106,7 @@ def test_opcheck_of_the_fused_backward(device, sizes, form):
     for needs in [(True, True, True, True), (True, False, False, True)]:
         torch.library.opcheck(
             torch.ops.msda._ms_deform_attn_fused_backward,
-            (random_like_output(inputs), output, *arguments, *needs),
+            (random_like_output(inputs), output, *arguments, *needs, False),
         )
 
 

@@ -44,6 +44,17 @@ struct Rows {
   int64_t nowhere;
 };
 
+struct VectorMath {
+  template <class V>
+  static V truncate(V v) {
+    return MSDA_CPU_CAPABILITY::truncate(v);
+  }
+  template <class V>
+  static V multiply_add(V a, V b, V c) {
+    return MSDA_CPU_CAPABILITY::multiply_add(a, b, c);
+  }
+};
+
 // The distance from one pointer to another, and the pointer at a distance, in bytes: torch's
 // tensors need not be aligned to their elements.
 inline int64_t distance(const void* from, const void* to) {
@@ -309,18 +320,13 @@ class Samples {
       y = counts ? y : Vec<Real>{};
       const Vec<Real> attention = counts ? load(p.weights + i) : Vec<Real>{};
 
-      // The fraction anew from what was given, not as x - x0: on a map 160 wide, the rounding of x
-      // would be 25 times all other errors of the output. x0 is truncated first; where that, or the
-      // rounding of x, put it past the sample, the fraction comes out negative and x0 is one less.
-      Vec<Real> x0 = truncate(x), y0 = truncate(y);
-      Vec<Real> fx = multiply_add(given_x, step_x, origin_x - x0) + load(to_pixels.x.rest + i);
-      Vec<Real> fy = multiply_add(given_y, step_y, origin_y - y0) + load(to_pixels.y.rest + i);
-      x0 = fx < 0 ? x0 - 1 : x0;
-      y0 = fy < 0 ? y0 - 1 : y0;
-      fx = fx < 0 ? fx + 1 : fx;
-      fy = fy < 0 ? fy + 1 : fy;
-      fx = counts ? fx : Vec<Real>{};
-      fy = counts ? fy : Vec<Real>{};
+      const Cell<Vec<Real>> column =
+          find_cell<VectorMath>(given_x, step_x, origin_x, load(to_pixels.x.rest + i), x);
+      const Cell<Vec<Real>> row =
+          find_cell<VectorMath>(given_y, step_y, origin_y, load(to_pixels.y.rest + i), y);
+      const Vec<Real> x0 = column.first, y0 = row.first;
+      const Vec<Real> fx = counts ? column.fraction : Vec<Real>{};
+      const Vec<Real> fy = counts ? row.fraction : Vec<Real>{};
 
       const IntVec<Real> west = counts & (x0 >= 0), east = counts & (x0 < width - 1);
       const IntVec<Real> north = y0 >= 0, south = y0 < height - 1;

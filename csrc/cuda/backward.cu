@@ -1,0 +1,45 @@
+// Launches the backward kernels. Compiled once for each type of value, MSDA_VALUE_TYPE.
+
+#include "backward.cuh"
+#include "launch.cuh"
+
+namespace msda {
+
+template <class T>
+void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
+                   const BackwardOutputs& outputs, const CudaCall& call) {
+  check_fits(problem);
+  BackwardParams params = {};
+  params.sampling = make_sampling(problem, call);
+  params.value = problem.value.data;
+  params.grad_output = inputs.grad_output.data;
+  params.output = inputs.output.data;
+  params.grad_value = outputs.grad_value.data;
+  params.grad_points = outputs.grad_points;
+  params.grad_weights = outputs.grad_weights;
+  params.head_dim = int32_t(problem.head_dim);
+  params.points_in_pixels = outputs.grad_reference.data != nullptr;
+  const bool aligned = is_aligned(params.value) && is_aligned(params.grad_output) &&
+                       is_aligned(params.output) && is_aligned(params.grad_value);
+  dispatch_layout<T>(problem, aligned, [&](auto layout) {
+    using L = decltype(layout);
+    const auto run = [&](auto is_fused) {
+      constexpr bool kFused = decltype(is_fused)::value;
+      constexpr int kBlocks = kBackwardBlocks<kFused, L::kCommon>;
+      params.order = make_order(problem, call, L::kLanes, kBlocks);
+      launch(backward_kernel<T, L::kVec, L::kLanes, L::kExact, kFused, L::kCommon>,
+             block_count(params.order, kBlocks), kThreadsPerBlock, call.stream, params);
+    };
+    problem.is_fused() ? run(std::true_type()) : run(std::false_type());
+  });
+  if (outputs.grad_reference.data) {
+    const int64_t references = problem.batch * problem.num_queries * problem.reference_levels;
+    launch(backward_reference_kernel<acc_t<T>>, unsigned(divide_up(references, kThreadsPerBlock)),
+           kThreadsPerBlock, call.stream, params, outputs.grad_reference, references);
+  }
+}
+
+template void backward_cuda<MSDA_VALUE_TYPE>(const Problem&, const BackwardInputs&,
+                                             const BackwardOutputs&, const CudaCall&);
+
+}  // namespace msda

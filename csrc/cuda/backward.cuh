@@ -1,0 +1,284 @@
+// Backward: one sub-warp of kLanes lanes computes the gradients of a query and head in one pass
+// over its samples. Gradients of points and weights belong to one sample each and are written once;
+// those of value are added atomically, in vectors where the machine can.
+
+#pragma once
+
+#include "order.cuh"
+
+namespace msda {
+
+struct BackwardParams {
+  Sampling sampling;
+  Order order;
+  const void* value;        // (B, S, M, D)
+  const void* grad_output;  // (B, Q, M * D)
+  const void* output;       // (B, Q, M * D); fused only
+  void* grad_value;         // (B, S, M, D) of acc_t; null where not wanted, as the others
+  Array grad_points;        // (B, Q, M, K, 2)
+  Array grad_weights;       // (B, Q, M, K)
+  int32_t head_dim;
+  bool points_in_pixels;  // leave grad_points in pixels, for backward_reference_kernel
+};
+
+// ---- sums over the lanes of a sub-warp
+// -----------------------------------------------------------
+
+// a of this lane and of the lane at distance s, added; the upper one of the two takes b instead.
+template <class Real>
+MSDA_DEVICE Real exchange(Real a, Real b, bool is_upper, int s) {
+  const Real keep = is_upper ? b : a;
+  const Real give = is_upper ? a : b;
+  return keep + __shfl_xor_sync(kAllLanes, give, s);
+}
+
+// f(i) for i = kFirst to kFirst + kCount - 1, each summed over kCount neighbouring lanes; lane i
+// gets the sum of f(kFirst + i). It takes kCount - 1 shuffles where kCount sums by themselves would
+// take kCount * log2(kCount).
+template <int kFirst, int kCount, class F>
+MSDA_DEVICE auto sum_transposed(int lane, const F& f) {
+  if constexpr (kCount == 1) {
+    return f(kFirst);
+  } else {
+    constexpr int kHalf = kCount / 2;
+    const auto a = sum_transposed<kFirst, kHalf>(lane, f);
+    const auto b = sum_transposed<kFirst + kHalf, kHalf>(lane, f);
+    const bool is_upper = lane & kHalf;
+    return decltype(f(0)){
+        exchange(a.nw, b.nw, is_upper, kHalf), exchange(a.ne, b.ne, is_upper, kHalf),
+        exchange(a.sw, b.sw, is_upper, kHalf), exchange(a.se, b.se, is_upper, kHalf)};
+  }
+}
+
+template <int kLanes, class Real>
+MSDA_DEVICE Real sum_lanes(Real x) {
+#pragma unroll
+  for (int s = kLanes / 2; s > 0; s /= 2) x += __shfl_xor_sync(kAllLanes, x, s);
+  return x;
+}
+
+// ---- gradients of one sample
+// ---------------------------------------------------------------------
+
+// sum += <g, v>
+template <class T, int kVec>
+MSDA_DEVICE void add_product(const acc_t<T> (&g)[kVec], const Packed<T, kVec>& v, acc_t<T>& sum) {
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) sum += g[i] * element(v, i);
+}
+
+template <class Real, int kVec>
+MSDA_DEVICE void add_scaled_if(bool condition, Real* p, Real w, const Real (&g)[kVec]) {
+  Real scaled[kVec];
+#pragma unroll
+  for (int i = 0; i < kVec; ++i) scaled[i] = w * g[i];
+  if (condition) atomic_add(p, scaled);
+}
+
+// Writes the gradients of sample i of B * Q * M * K, whose corners have the products dot with
+// grad_output. delta: <grad_output, output> of the query and head, for the softmax.
+template <bool kFused, bool kCommon, class Real>
+MSDA_DEVICE void write_gradients(const BackwardParams& params, int64_t i,
+                                 const Sample<Real>& sample, Corners<Real> dot, Real delta) {
+  dot.nw = sample.corners & 1u << kNw ? dot.nw : Real(0);
+  dot.ne = sample.corners & 1u << kNe ? dot.ne : Real(0);
+  dot.sw = sample.corners & 1u << kSw ? dot.sw : Real(0);
+  dot.se = sample.corners & 1u << kSe ? dot.se : Real(0);
+  const SampleGradient<Real> gradient = sample_gradient(dot, sample.fx, sample.fy);
+  if (params.grad_points.data) {
+    // Where no corner was read the steps may be NaN or Inf.
+    Pair<Real> grad = {0, 0};
+    if (sample.corners != 0 && (kFused || kCommon || !params.sampling.nearest)) {
+      grad = {sample.weight * gradient.dx, sample.weight * gradient.dy};
+      if (!kFused || !params.points_in_pixels) {
+        grad.x *= sample.step_x;
+        grad.y *= sample.step_y;
+      }
+    }
+    if constexpr (kCommon) {
+      const Real numbers[2] = {grad.x, grad.y};
+      store(static_cast<Real*>(params.grad_points.data) + 2 * i, pack<Real>(numbers));
+    } else {
+      store_pair(params.grad_points, i, grad);
+    }
+  }
+  if (params.grad_weights.data) {
+    // Softmax: grad_logit = p * (grad_p - sum over all samples of p * grad_p), and that sum is
+    // <grad_output, output>.
+    Real grad = gradient.sample;
+    if constexpr (kFused) grad = sample.weight * (grad - delta);
+    if constexpr (kCommon) {
+      static_cast<Real*>(params.grad_weights.data)[i] = grad;
+    } else {
+      store_number(params.grad_weights, i, grad);
+    }
+  }
+}
+
+// ---- the kernel
+// ----------------------------------------------------------------------------------
+
+// Blocks that a multiprocessor is to hold at once: what the registers are cut to.
+template <bool kFused, bool kCommon>
+constexpr int kBackwardBlocks = kCommon && !kFused ? 5 : 4;
+
+// Template arguments as of forward_kernel.
+template <class T, int kVec, int kLanes, bool kExact, bool kFused, bool kCommon>
+__global__ void __launch_bounds__(kThreadsPerBlock, kBackwardBlocks<kFused, kCommon>)
+    backward_kernel(const __grid_constant__ BackwardParams params) {
+  using Real = acc_t<T>;
+  using Vector = Packed<T, kVec>;
+  __shared__ Round<Real> rounds[kWarpsPerBlock];
+  __shared__ DeviceLevel staged_levels[kMaxLevels];
+  const DeviceLevel* const levels = stage_levels(params.sampling, staged_levels);
+
+  const Order& order = params.order;
+  const Lane<kLanes> self(order.split);
+  Round<Real>& round = rounds[self.warp];
+  const int num_samples = params.sampling.num_samples;
+  const int head_dim = kExact ? kVec * kLanes : params.head_dim;
+  const int channels = kCommon ? kCommonChannels : params.sampling.num_heads * head_dim;
+  const uint32_t corners_to_add = params.grad_value ? 0xf : 0;
+
+  for_each_head<kLanes>(order, params.sampling, [&](const Head& head) {
+    const int64_t first_channel =  // of value[b, 0, m, :], for this lane
+        int64_t(head.b) * params.sampling.num_keys * channels + head.m * head_dim +
+        self.lane * kVec;
+    const T* const value = static_cast<const T*>(params.value) + first_channel;
+    Real* const grad_value = static_cast<Real*>(params.grad_value) + first_channel;
+    const int64_t first_output = int64_t(head.index()) * head_dim + self.lane * kVec;
+
+    // grad_output[b, q, m, :] of this lane, where one step covers all channels
+    Real g[kVec] = {};
+    const auto load_g = [&](int chunk) {
+      Vector v = {};
+      const bool has_channel = head.is_live && (kExact || chunk + self.lane * kVec < head_dim);
+      if (has_channel)
+        v = load<Vector>(static_cast<const T*>(params.grad_output) + first_output + chunk);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) g[i] = element(v, i);
+      return has_channel;
+    };
+    if constexpr (kExact) load_g(0);
+
+    Real delta = 0;
+    if constexpr (kFused) {
+#pragma unroll 1
+      for (int chunk = 0; chunk < head_dim; chunk += kVec * kLanes) {
+        if (!kExact && !load_g(chunk)) continue;
+        if (!head.is_live) continue;
+        add_product(g, load<Vector>(static_cast<const T*>(params.output) + first_output + chunk),
+                    delta);
+      }
+      delta = sum_lanes<kLanes>(delta);
+    }
+
+    Sampler<Real, kFused, kCommon, kLanes> sampler(params.sampling, levels, head, self.lane);
+#pragma unroll 1
+    for (int first = 0; first < num_samples; first += kLanes * order.split) {
+      const int own = first + self.part * kLanes + self.lane;
+      const Sample<Real> sample = sampler.prepare(own);
+      round.put(self.slot(self.lane), sample);
+      __syncwarp();
+      // Once for the round: a pixel that is not read may hold what it held before.
+      Pixels<Vector> v = {};
+      const auto products = [&](int i) {
+        Corners<Real> dot = {};
+        if (first + (i & ~1) >= num_samples) return dot;
+        const Corners<Real> weights = round.weights[self.slot(i)].weights;
+        const Place place = round.places[self.slot(i)];
+        const uint32_t to_add = place.width_and_corners & corners_to_add;
+        const T* const north = advance(value, place.key, channels * int(sizeof(T)));
+        const T* const south = advance(north, int32_t(place.width()), channels * int(sizeof(T)));
+        Real* const grad_north = advance(grad_value, place.key, channels * int(sizeof(Real)));
+        Real* const grad_south =
+            advance(grad_north, int32_t(place.width()), channels * int(sizeof(Real)));
+#pragma unroll 1
+        for (int chunk = 0; chunk < head_dim; chunk += kVec * kLanes) {
+          if (!kExact && !load_g(chunk)) continue;
+          load_if(place.reads(kNw), north + chunk, v.nw);
+          load_if(place.reads(kNe), north + chunk + channels, v.ne);
+          load_if(place.reads(kSw), south + chunk, v.sw);
+          load_if(place.reads(kSe), south + chunk + channels, v.se);
+          add_scaled_if(to_add & 1u << kNw, grad_north + chunk, weights.nw, g);
+          add_scaled_if(to_add & 1u << kNe, grad_north + chunk + channels, weights.ne, g);
+          add_scaled_if(to_add & 1u << kSw, grad_south + chunk, weights.sw, g);
+          add_scaled_if(to_add & 1u << kSe, grad_south + chunk + channels, weights.se, g);
+          add_product(g, v.nw, dot.nw);
+          add_product(g, v.ne, dot.ne);
+          add_product(g, v.sw, dot.sw);
+          add_product(g, v.se, dot.se);
+        }
+        return dot;
+      };
+      const Corners<Real> dot = sum_transposed<0, kLanes>(self.lane, products);
+      if (head.is_live && own < num_samples) {
+        const int64_t i = int64_t(head.index()) * num_samples + own;
+        write_gradients<kFused, kCommon>(params, i, sample, dot, delta);
+      }
+      __syncwarp();
+    }
+  });
+}
+
+// ---- gradients of the reference points
+// -----------------------------------------------------------
+
+// One thread for each reference point: sums the gradients, in pixels, of the samples that it
+// placed, in their order, and turns them into gradients of the offsets.
+template <class Real>
+__global__ void __launch_bounds__(kThreadsPerBlock)
+    backward_reference_kernel(const __grid_constant__ BackwardParams params,
+                              const __grid_constant__ Array grad_reference,
+                              const int64_t num_references) {
+  __shared__ DeviceLevel staged_levels[kMaxLevels];
+  const Sampling& sampling = params.sampling;
+  const DeviceLevel* const levels = stage_levels(sampling, staged_levels);
+  const int64_t reference = int64_t(blockIdx.x) * kThreadsPerBlock + threadIdx.x;  // of B * Q * L
+  if (reference >= num_references) return;
+  const int64_t query = reference / sampling.reference_levels;
+  const int own_level = int(reference % sampling.reference_levels);
+  const bool is_shared = sampling.reference_levels == 1, is_box = sampling.reference_size == 4;
+  const int first_level = is_shared ? 0 : own_level;
+  const int last_level = is_shared ? sampling.num_levels : own_level + 1;
+
+  const int64_t first = reference * sampling.reference_size;
+  Pair<Real> extent = {0, 0};
+  if (is_box) {
+    extent.x = load_number<Real>(sampling.reference, first + 2);
+    extent.y = load_number<Real>(sampling.reference, first + 3);
+  }
+  Real* const grad_points = static_cast<Real*>(params.grad_points.data);
+  Pair<Real> grad_centre = {0, 0}, grad_extent = {0, 0};
+  for (int m = 0; m < sampling.num_heads; ++m) {
+    const int64_t first_sample = (query * sampling.num_heads + m) * sampling.num_samples;
+    for (int l = first_level; l < last_level; ++l) {
+      const int begin = l == 0 ? 0 : levels[l - 1].samples_end, end = levels[l].samples_end;
+      const Real width = Real(levels[l].width), height = Real(levels[l].height);
+      const Real half_over_points = Real(0.5) / Real(end - begin);
+      for (int64_t i = first_sample + begin; i < first_sample + end; ++i) {
+        Real x = grad_points[2 * i], y = grad_points[2 * i + 1];
+        // A sample that does not count may have offsets or boxes that are NaN or Inf.
+        if (x == 0 && y == 0) continue;
+        grad_centre.x += x * width;
+        grad_centre.y += y * height;
+        if (!is_box) continue;
+        const Pair<Real> offset = load_pair<Real>(sampling.points, i);
+        x *= width * half_over_points;
+        y *= height * half_over_points;
+        grad_extent.x += x * offset.x;
+        grad_extent.y += y * offset.y;
+        grad_points[2 * i] = x * extent.x;
+        grad_points[2 * i + 1] = y * extent.y;
+      }
+    }
+  }
+  store_number(grad_reference, first, grad_centre.x);
+  store_number(grad_reference, first + 1, grad_centre.y);
+  if (is_box) {
+    store_number(grad_reference, first + 2, grad_extent.x);
+    store_number(grad_reference, first + 3, grad_extent.y);
+  }
+}
+
+}  // namespace msda

@@ -1,0 +1,76 @@
+// The CUDA kernels as the torch side sees them. No CUDA header is needed to include this one.
+
+#pragma once
+
+#include "../problem.h"
+
+namespace msda {
+
+// What a call on a GPU needs beside the problem, whose pointers all point into the GPU's memory
+// (but problem.levels, which is on the host).
+struct CudaCall {
+  void* stream = nullptr;  // a cudaStream_t of the current device
+
+  // Heights and widths where the host does not know them: (L, 2), and those of problem.levels are
+  // not read.
+  const void* spatial_shapes = nullptr;
+  bool shapes_are_int64 = true;
+
+  // Scratch memory of level_table_bytes(), 16-byte aligned.
+  void* level_table = nullptr;
+
+  // Sub-warps that share the samples of one query and head: 1, 2, 4, ..., or 0 for as many as fill
+  // the GPU. Tests set it.
+  int split = 0;
+};
+
+int64_t level_table_bytes(int64_t num_levels, bool shapes_on_device);
+
+// Both enqueue their work on call.stream and return. They throw std::runtime_error where the
+// problem is too large for them or a launch fails. T: the type of value.
+
+// Writes every element of the output.
+template <class T>
+void forward_cuda(const Problem& problem, const ForwardOutputs& outputs, const CudaCall& call);
+
+// grad_value is of type float32 for 16-bit values, else of value's own, and must be zero before; it
+// is summed by atomic additions, in no fixed order. Every element of the other gradients is
+// written. grad_points is of float32 (float64 for float64 values) where grad_reference is wanted.
+template <class T>
+void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
+                   const BackwardOutputs& outputs, const CudaCall& call);
+
+// The gradient of value once more, without atomic additions: the same bits in every run.
+// sample_cells_cuda() writes cells and weights, the caller sorts the cells stably, and
+// gather_cuda() writes every element of grad_value, of the type above.
+struct SortedSamples {
+  int64_t* cells = nullptr;               // (B, Q, M, K)
+  void* weights = nullptr;                // (B, Q, M, K, 4) of grad_value's type, 16-byte aligned
+  const int64_t* sorted_cells = nullptr;  // (N), N = B * Q * M * K
+  const int64_t* sample_order = nullptr;  // (N): cells[sample_order[i]] == sorted_cells[i]
+};
+
+template <class T>
+void sample_cells_cuda(const Problem& problem, const SortedSamples& samples, const CudaCall& call);
+
+template <class T>
+void gather_cuda(const Problem& problem, const BackwardInputs& inputs, const Array& grad_value,
+                 const SortedSamples& samples, const CudaCall& call);
+
+// 16-bit floats as stored.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// The same for whatever type value is of. See dispatch.cpp.
+void forward_cuda(const Problem& problem, const ForwardOutputs& outputs, const CudaCall& call);
+void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
+                   const BackwardOutputs& outputs, const CudaCall& call);
+void sample_cells_cuda(const Problem& problem, const SortedSamples& samples, const CudaCall& call);
+void gather_cuda(const Problem& problem, const BackwardInputs& inputs, const Array& grad_value,
+                 const SortedSamples& samples, const CudaCall& call);
+
+}  // namespace msda
