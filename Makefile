@@ -3,6 +3,7 @@
 #   make demo        build, then run the main example on a real photograph
 #   make test        build, then run the whole test suite
 #   make bench       build, then measure against the grid_sample reference
+#   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
 #   make lint        check format, style and types
 #   make abi         install the wheel under other versions of torch and try it there (downloads gigabytes)
 #   make clean       remove what the others made
@@ -13,6 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ABI_TORCH ?= torch==2.10.0 torch
+GPU_OPTIONS ?=
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)
@@ -24,7 +26,8 @@ else
 endif
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-FORMATTED := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cuh csrc/*/*.cu)
+FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda_executor tests/cuda_executor/* benchmarks, \
+  $(foreach kind,h cpp cuh cu,$(folder)/*.$(kind))))
 # What must hold for every instruction set, not only the best one of this machine.
 KERNEL_TESTS := tests/test_forward.py tests/test_backward.py tests/test_module.py
 OTHER_CAPABILITIES := import msda; i = msda.info(); \
@@ -34,7 +37,7 @@ export MSDA_BUILD_DIR := build/cmake
 # ready-made code for each, as a package has, which takes three times as long to build.
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 
-.PHONY: demo test bench lint abi clean
+.PHONY: demo test bench gpu lint abi clean
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
@@ -47,6 +50,9 @@ test: build/installed.stamp
 
 bench: build/installed.stamp
 	$(RUN) benchmarks/bench_operator.py
+
+gpu: $(REQUIREMENTS)
+	$(RUN) benchmarks/gpu.py all $(GPU_OPTIONS)
 
 lint: $(REQUIREMENTS)
 	$(RUN) -m ruff check .

@@ -9,24 +9,19 @@ their ratio. Times are of this machine and run; only the ratios carry over. Prin
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import os
-import platform
-import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from baselines import grid_sample_core
+from measure import backward_of, cpu_machine, forward_of, median, peak_extra_memory, seconds
+from records import table_line, write_json
 from torch import Tensor
-from workloads import WORKLOADS
+from workloads import CPU_WORKLOADS
 
 import msda
-from msda.testing import TOLERANCES, Inputs, leaves, map_tensors, relative_error
+from msda.testing import TOLERANCES, Inputs, map_tensors, relative_error
 
 
 def ours(inputs: Inputs) -> Tensor:
@@ -37,59 +32,6 @@ def ours(inputs: Inputs) -> Tensor:
         inputs.sampling_locations,
         inputs.attention_weights,
     )
-
-
-def forward_of(core: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], object]:
-    """One forward call without autograd."""
-
-    def run() -> Tensor:
-        with torch.no_grad():
-            return core(inputs)
-
-    return run
-
-
-def backward_of(core: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], object]:
-    """One backward call alone: all three gradients of a graph that is kept."""
-    tracked = leaves(inputs)
-    output = core(tracked)
-    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    grad_output = grad_output.to(output.dtype)
-    return lambda: torch.autograd.grad(output, tracked.tensors(), grad_output, retain_graph=True)
-
-
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-@contextlib.contextmanager
-def silent_stderr() -> Iterator[None]:
-    """Keep native code from writing to stderr: torch's profiler reports its starts and stops."""
-    saved = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-
-
-def peak_extra_memory(run: Callable[[], object]) -> int:
-    """The most bytes that torch held at once during a call, beyond those held before."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    profiler = torch.profiler.profile(activities=activities, profile_memory=True)
-    with silent_stderr(), profiler as profile:
-        result = run()  # kept alive: outputs count
-    del result
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
 
 
 def assert_equal(inputs: Inputs) -> None:
@@ -121,7 +63,7 @@ def assert_close_in(dtype: torch.dtype, actual: object, expected: object) -> Non
 def measure(name: str, direction: str, threads: int, seconds_budget: float) -> dict[str, object]:
     """Time one line of the table."""
     torch.set_num_threads(threads)
-    inputs = WORKLOADS[name](torch.float32)
+    inputs = CPU_WORKLOADS[name].plain(torch.float32)
     make = forward_of if direction == "forward" else backward_of
     our_run, base_run = make(ours, inputs), make(grid_sample_core, inputs)
     seconds(our_run)
@@ -134,7 +76,7 @@ def measure(name: str, direction: str, threads: int, seconds_budget: float) -> d
     for _ in range(rounds):
         our_times += [seconds(our_run) for _ in range(5)]
         base_times += [seconds(base_run) for _ in range(base_repeats)]
-    our_median, base_median = statistics.median(our_times), statistics.median(base_times)
+    our_median, base_median = median(our_times), median(base_times)
 
     row: dict[str, object] = {
         "workload": name,
@@ -156,49 +98,40 @@ def measure(name: str, direction: str, threads: int, seconds_budget: float) -> d
         times = []
         for _ in range(max(5, min(30, 2 * rounds))):
             times.append((seconds(our_run), seconds(run)))
-        full, half = (statistics.median(column) for column in zip(*times, strict=True))
+        full, half = (median(column) for column in zip(*times, strict=True))
         row[f"{str(dtype).removeprefix('torch.')}_speedup"] = full / half
     return row
 
 
-def machine() -> dict[str, object]:
-    """What the figures were measured on and with."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].split(":", 1)[1].strip() if names else model
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return {
-        "cpu": model,
-        "cores": os.cpu_count(),
-        "msda": msda.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "cpu_capability": msda.info()["cpu_capability"],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+WIDTHS = (-9, -10, 7, 14, 10, 9, 10, 10, 14, 9)
+
+
+def print_headings() -> None:
+    above = ("", "", "", "grid_sample", "msda", "", "bf16", "fp16", "extra memory, MB")
+    print("\n" + table_line(above, (*WIDTHS[:-2], sum(WIDTHS[-2:]))))
+    below = ("workload", "direction", "threads", "ms", "ms", "ratio", "vs fp32", "vs fp32")
+    print(table_line((*below, "grid_sample", "msda"), WIDTHS))
 
 
 def print_row(row: dict) -> None:
-    megabytes = row["msda_extra_bytes"] / 1e6, row["grid_sample_extra_bytes"] / 1e6
-    print(
-        f"{row['workload']:<9}{row['direction']:<10}{row['threads']:>7}"
-        f"{row['grid_sample_ms']:>14.1f}{row['msda_ms']:>10.2f}{row['ratio']:>8.1f}x"
-        f"{row['bfloat16_speedup']:>9.2f}x{row['float16_speedup']:>9.2f}x"
-        f"{megabytes[1]:>14.1f}{megabytes[0]:>9.1f}",
-        flush=True,
+    cells = (
+        row["workload"],
+        row["direction"],
+        str(row["threads"]),
+        f"{row['grid_sample_ms']:.1f}",
+        f"{row['msda_ms']:.2f}",
+        f"{row['ratio']:.1f}x",
+        f"{row['bfloat16_speedup']:.2f}x",
+        f"{row['float16_speedup']:.2f}x",
+        f"{row['grid_sample_extra_bytes'] / 1e6:.1f}",
+        f"{row['msda_extra_bytes'] / 1e6:.1f}",
     )
+    print(table_line(cells, WIDTHS), flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--workload", choices=WORKLOADS, action="append", help="default: all")
+    parser.add_argument("--workload", choices=CPU_WORKLOADS, action="append", help="default: all")
     parser.add_argument("--threads", type=int, action="append", help="default: 1 and all cores")
     parser.add_argument(
         "--seconds", type=float, default=15, help="for the baseline of each line (default: 15)"
@@ -207,17 +140,12 @@ def main() -> int:
     options = parser.parse_args()
     assert msda.info()["backend"] == "native", msda.info()["backend_reason"]
 
-    results = {"machine": machine(), "rows": []}
+    results = {"machine": cpu_machine(), "rows": []}
     print(*(f"{key}: {text}" for key, text in results["machine"].items()), sep=", ")
-    print(
-        f"\n{'':<9}{'':<10}{'':>7}{'grid_sample':>14}{'msda':>10}{'':>9}"
-        f"{'bf16':>10}{'fp16':>10}{'extra memory, MB':>23}\n"
-        f"{'workload':<9}{'direction':<10}{'threads':>7}{'ms':>14}{'ms':>10}{'ratio':>9}"
-        f"{'vs fp32':>10}{'vs fp32':>10}{'grid_sample':>14}{'msda':>9}"
-    )
+    print_headings()
     all_cores = os.cpu_count() or 1
-    for name in options.workload or WORKLOADS:
-        assert_equal(WORKLOADS[name](torch.float32))
+    for name in options.workload or CPU_WORKLOADS:
+        assert_equal(CPU_WORKLOADS[name].plain(torch.float32))
         for threads in options.threads or sorted({1, all_cores}):
             for direction in ("forward", "backward"):
                 row = measure(name, direction, threads, options.seconds)
@@ -225,8 +153,7 @@ def main() -> int:
                 print_row(row)
     print("\nratio: time of the grid_sample core over ours, medians of one run; more is better.")
     if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(options.output, results)
         print(f"written: {options.output}")
     return 0
 

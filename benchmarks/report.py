@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,101 @@ def operator_table() -> str:
     return "\n\n".join(parts)
 
 
-TABLES = {"operator": operator_table}
+NO_GPU_FIGURE = (
+    "No GPU figure exists yet: `make gpu` on a machine with a CUDA device measures them "
+    "and writes the files that this block is made from."
+)
+
+
+def gpu_table() -> str:
+    """What every folder of GPU results holds, one table per device; or that there is none yet."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/cuda_operator.json")):
+        results = json.loads(path.read_text())
+        if results["machine"]["device"] == "cpu" or results["smoke"]:
+            continue  # a trial of the harness
+        parts.append(f"{gpu_heading(path, results)}\n\n{gpu_rows(results)}")
+        parts += gpu_checks(path.parent)
+    return "\n\n".join(parts) or NO_GPU_FIGURE
+
+
+def gpu_heading(path: Path, results: dict) -> str:
+    machine, ceilings = results["machine"], results["ceilings"]
+    return (
+        f"{machine['device']}, driver {machine['driver']}, CUDA {machine['cuda']}, "
+        f"torch {machine['torch']}, msda {machine['msda']} at {machine['commit']}, "
+        f"{ceilings['dram_bytes_per_second'] / 1e12:.2f} TB/s measured "
+        f"(`{results['command']}`, `{path.relative_to(ROOT)}`). Medians with the L2 cache emptied "
+        "before each call; a rival's column is its time over ours."
+    )
+
+
+def gpu_rows(results: dict) -> str:
+    """One line per workload and direction; a column per rival that ran at all."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in results["rows"]))
+    right = [row for row in results["rows"] if "cold_ms" in row["rivals"]["msda"]]
+    rivals = dict.fromkeys(
+        name for row in right for name, rival in row["rivals"].items() if "ratio" in rival
+    )
+    rivals.pop("msda", None)
+    lines_of: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in right:
+        lines_of.setdefault((row["workload"], row["direction"]), {})[row["dtype"]] = row
+
+    headings = ["workload", "direction", "msda, ms", "times the floor", *rivals, "extra memory, MB"]
+    lines = [
+        f"Each cell is {' / '.join(dtypes)}.",
+        "",
+        f"| {' | '.join(headings)} |",
+        "|---" * len(headings) + "|",
+    ]
+    for (workload, direction), by_dtype in lines_of.items():
+        rows = [by_dtype.get(dtype) for dtype in dtypes]
+        ours = [row and row["rivals"]["msda"] for row in rows]
+        cells = [workload, direction]
+        cells.append(_cell(one and f"{one['cold_ms']:.3g}" for one in ours))
+        cells.append(_cell(row and f"{row['floor']['over_floor']:.1f}" for row in rows))
+        for name in rivals:
+            ratios = [row and row["rivals"].get(name, {}).get("ratio") for row in rows]
+            cells.append(_cell(ratio and f"{ratio:.1f}x" for ratio in ratios))
+        cells.append(_cell(one and f"{one['extra_bytes'] / 1e6:.1f}" for one in ours))
+        lines.append(f"| {' | '.join(cells)} |")
+    wrong = len(results["rows"]) - len(right)
+    if wrong:
+        lines += ["", f"{wrong} results of ours were wrong and are not shown."]
+    return "\n".join(lines)
+
+
+def _cell(texts: Iterable[str | None]) -> str:
+    """One text per dtype; a dash where there is none, nothing where there are none at all."""
+    given = list(texts)
+    return " / ".join(text or "-" for text in given) if any(given) else ""
+
+
+def gpu_checks(folder: Path) -> list[str]:
+    """What the tests and the sanitizer said on the same device, with what they were run on."""
+    sentences = []
+    tests = folder / "cuda_tests.json"
+    if tests.exists():
+        results = json.loads(tests.read_text())
+        unfinished = "; not all were run" if results["not_run"] else ""
+        sentences.append(
+            f"Tests there, at {results['machine']['commit']}: {results['passed']} passed, "
+            f"{results['failed']} failed, {results['skipped']} skipped{unfinished}."
+        )
+    sanitizer = folder / "cuda_sanitizer.json"
+    tools = json.loads(sanitizer.read_text())["tools"] if sanitizer.exists() else {}
+    if tools:
+        commit = json.loads(sanitizer.read_text())["machine"]["commit"]
+        said = []
+        for tool, seen in tools.items():
+            errors = "" if seen["errors"] is None else f", {seen['errors']} errors"
+            said.append(f"{tool} {seen['status']}{errors}")
+        sentences.append(f"compute-sanitizer there, at {commit}: {'; '.join(said)}.")
+    return [" ".join(sentences)] if sentences else []
+
+
+TABLES = {"operator": operator_table, "gpu": gpu_table}
 
 
 def main() -> int:

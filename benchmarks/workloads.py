@@ -2,26 +2,115 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from msda.testing import PAPER_SHAPES, Inputs, make_inputs
+from msda.testing import PAPER_SHAPES, FusedInputs, Inputs, make_fused_inputs, make_inputs
 
-# name: (source, arguments of make_inputs without dtype)
-_SIZES: dict[str, tuple[str, dict]] = {
-    "encoder": (
+
+@dataclass(frozen=True)
+class Workload:
+    """A problem size: arguments of ``make_inputs`` without dtype and device."""
+
+    source: str
+    spatial_shapes: list[tuple[int, int]]
+    local: bool = False  # one query per pixel, sampling around it; otherwise uniform locations
+    has_fused: bool = True  # fused inputs sample around the query's reference point, in any case
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def plain(self, dtype: torch.dtype) -> Inputs:
+        """Arguments of ``msda.ms_deform_attn``, on the CPU."""
+        locations = "local" if self.local else "uniform"
+        return make_inputs(self.spatial_shapes, locations=locations, dtype=dtype, **self.sizes)
+
+    def fused(self, dtype: torch.dtype) -> FusedInputs:
+        """Arguments of ``msda.ms_deform_attn_fused``, on the CPU."""
+        return make_fused_inputs(self.spatial_shapes, dtype=dtype, **self.sizes)
+
+    def tiny(self) -> Workload:
+        """The same form at a size that takes no time: to try a benchmark, not to report."""
+        shapes = [(max(1, h // 16), max(1, w // 16)) for h, w in self.spatial_shapes]
+        sizes = dict(self.sizes)
+        if "num_queries" in sizes:
+            sizes["num_queries"] = 7
+        return replace(self, spatial_shapes=shapes, sizes=sizes)
+
+
+CPU_WORKLOADS = {
+    "encoder": Workload(
         "Deformable DETR R50 encoder, 800 x 1333: one query per pixel, offsets of 2.5 pixels",
-        {"spatial_shapes": PAPER_SHAPES, "locations": "local"},
+        PAPER_SHAPES,
+        local=True,
     ),
-    "decoder": (
+    "decoder": Workload(
         "Deformable DETR decoder: 300 queries, uniform locations",
-        {"spatial_shapes": PAPER_SHAPES, "num_queries": 300},
+        PAPER_SHAPES,
+        sizes=dict(num_queries=300),
     ),
 }
 
-WORKLOADS: dict[str, Callable[[torch.dtype], Inputs]] = {
-    name: lambda dtype, arguments=arguments: make_inputs(**arguments, dtype=dtype)
-    for name, (_, arguments) in _SIZES.items()
+# The most important first: a run that is cut off has done those.
+GPU_WORKLOADS = {
+    "encoder-2": Workload(
+        "Deformable DETR R50 encoder, 800 x 1333, batch 2: offsets of 2.5 pixels",
+        PAPER_SHAPES,
+        local=True,
+        sizes=dict(batch=2),
+    ),
+    "decoder-300": Workload(
+        "Deformable DETR decoder, batch 2: 300 queries, uniform locations",
+        PAPER_SHAPES,
+        sizes=dict(batch=2, num_queries=300),
+    ),
+    "encoder-2-uniform": Workload(
+        "the same encoder with uniform locations: no two queries share what they read",
+        PAPER_SHAPES,
+        has_fused=False,
+        sizes=dict(batch=2),
+    ),
+    "mask2former": Workload(
+        "Mask2Former pixel decoder, 1024 x 1024, batch 2: strides 8, 16, 32",
+        [(128, 128), (64, 64), (32, 32)],
+        local=True,
+        sizes=dict(batch=2),
+    ),
+    "dino-900": Workload(
+        "DINO and Grounding DINO decoder, batch 2: 900 queries, uniform locations",
+        PAPER_SHAPES,
+        sizes=dict(batch=2, num_queries=900),
+    ),
+    "bevformer-tsa": Workload(
+        "BEVFormer temporal self-attention: a grid of 200 x 200 and its past",
+        [(200, 200)],
+        local=True,
+        sizes=dict(batch=2),
+    ),
+    "bevformer-sca": Workload(
+        "BEVFormer-base spatial cross-attention: 6 cameras of 1600 x 928, 10 000 queries each",
+        [(116, 200), (58, 100), (29, 50), (15, 25)],
+        sizes=dict(batch=6, num_queries=10_000, num_points=8),
+    ),
+    "encoder-4": Workload(
+        "Deformable DETR R50 encoder, 800 x 1333, batch 4: offsets of 2.5 pixels",
+        PAPER_SHAPES,
+        local=True,
+        sizes=dict(batch=4),
+    ),
+    "rt-detr": Workload(
+        "RT-DETR decoder in training, 640 x 640, batch 16: 300 queries and 200 for denoising",
+        [(80, 80), (40, 40), (20, 20)],
+        sizes=dict(batch=16, num_queries=500),
+    ),
+    "rf-detr": Workload(
+        "RF-DETR decoder in training, 560 x 560, batch 4: 13 groups of 300 queries, one level",
+        [(40, 40)],
+        sizes=dict(batch=4, num_queries=3900, num_heads=16, head_dim=16, num_points=2),
+    ),
+    "encoder-4-uniform": Workload(
+        "the encoder at batch 4 with uniform locations",
+        PAPER_SHAPES,
+        has_fused=False,
+        sizes=dict(batch=4),
+    ),
 }
-SOURCES = {name: source for name, (source, _) in _SIZES.items()}

@@ -38,7 +38,8 @@ def ms_deform_attn(
     Pixels outside a map are zero; a sample with x outside (-1, W) or y outside (-1, H), or with a
     location that is NaN or infinite, contributes exactly zero to output and gradients. Coordinates
     and sums are float32 (float64 for float64 values) whatever the dtypes. The CPU backward gives
-    the same bits for any number of threads.
+    the same bits for any number of threads; the CUDA backward gives the same bits in every run
+    under ``torch.use_deterministic_algorithms(True)``, else it adds in no fixed order.
 
     Letters: B batch, S = sum of H * W over levels, Q queries, M heads, D channels per head,
     L levels, P points. Inputs need not be contiguous. Q and B may be 0.

@@ -75,7 +75,9 @@ def leaves(inputs: AnyInputs) -> AnyInputs:
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """Euclidean norm of the difference over that of ``expected``, computed in float64."""
-    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if actual.device != expected.device:
+        actual, expected = actual.cpu(), expected.cpu()
+    actual, expected = actual.detach().double(), expected.detach().double()
     scale = expected.norm().item()
     return (actual - expected).norm().item() / (scale if scale > 0 else 1.0)
 

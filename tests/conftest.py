@@ -34,13 +34,17 @@ def pytest_report_header():
 # ---- fixtures ------------------------------------------------------------------------------------
 
 
+def skip_without_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    if not msda.info()["cuda_architectures"]:
+        pytest.skip("msda was built without CUDA kernels")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("there is no CUDA device")
-        if not msda.info()["cuda_architectures"]:
-            pytest.skip("msda was built without CUDA kernels")
+        skip_without_cuda()
     return request.param
 
 
@@ -58,11 +62,16 @@ def set_threads():
 
 
 @pytest.fixture
-def poisoned_allocations():
-    """Newly allocated tensors hold NaN, so that an element nobody wrote shows."""
+def deterministic():
+    """torch.use_deterministic_algorithms(True), under which new tensors also hold NaN."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def poisoned_allocations(deterministic):
+    """Newly allocated tensors hold NaN, so that an element nobody wrote shows."""
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ constexpr int kWarpSize = 32;
 constexpr int kWarpsPerBlock = 4;
 constexpr int kThreadsPerBlock = kWarpSize * kWarpsPerBlock;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kSectorBytes = 32;  // what memory is read in
 
 // Channels of all heads together in nearly every published model; kernels for this number know it.
 constexpr int kCommonChannels = 256;
@@ -115,9 +116,9 @@ class Sampler {
     const DeviceLevel level = levels_[level_];
 
     sample.width = level.width;
-    sample.weight = number(sampling_.weights, first_sample() + i);
+    sample.weight = weight(i);
     if constexpr (kFused) sample.weight = exponential(sample.weight - maximum_) * scale_;
-    const Pair<Real> given = pair(sampling_.points, first_sample() + i);
+    const Pair<Real> given = point(i);
     const Real width = Real(level.width), height = Real(level.height);
     const Axis x_axis = axis(width, level, kX), y_axis = axis(height, level, kY);
     sample.step_x = x_axis.step;
@@ -159,12 +160,26 @@ class Sampler {
     return load_number<Real>(array, i);
   }
 
-  static MSDA_DEVICE Pair<Real> pair(const ConstArray& array, int64_t i) {
-    if constexpr (kCommon) {
-      const auto packed = load<Packed<Real, 2>>(static_cast<const Real*>(array.data) + 2 * i);
-      return {element(packed, 0), element(packed, 1)};
+  MSDA_DEVICE Real weight(int i) const {
+    // The lanes ask for whole sectors of memory, and, without a softmax, once.
+    constexpr bool kOnce = kCommon && !kFused && kLanes * sizeof(Real) >= kSectorBytes;
+    const int64_t place = first_sample() + i;
+    if constexpr (kOnce) {
+      const auto* const weights = static_cast<const Real*>(sampling_.weights.data);
+      return element(load_once<Packed<Real, 1>>(weights + place), 0);
     }
-    return load_pair<Real>(array, i);
+    return number(sampling_.weights, place);
+  }
+
+  MSDA_DEVICE Pair<Real> point(int i) const {
+    const int64_t place = first_sample() + i;
+    if constexpr (kCommon) {
+      const auto* const p = static_cast<const Real*>(sampling_.points.data) + 2 * place;
+      constexpr bool kOnce = 2 * kLanes * sizeof(Real) >= kSectorBytes;
+      const auto xy = kOnce ? load_once<Packed<Real, 2>>(p) : load<Packed<Real, 2>>(p);
+      return {element(xy, 0), element(xy, 1)};
+    }
+    return load_pair<Real>(sampling_.points, place);
   }
 
   MSDA_DEVICE int64_t first_sample() const {
@@ -228,7 +243,7 @@ class Sampler {
     Real maximum = -INFINITY, sum = 0;
 #pragma unroll 1
     for (int i = lane; i < count_; i += kLanes) {
-      const Real logit = number(sampling_.weights, first_sample() + i);
+      const Real logit = weight(i);
       maximum = logit > maximum ? logit : maximum;
     }
 #pragma unroll
@@ -238,7 +253,7 @@ class Sampler {
     }
 #pragma unroll 1
     for (int i = lane; i < count_; i += kLanes) {
-      sum += exponential(number(sampling_.weights, first_sample() + i) - maximum);
+      sum += exponential(weight(i) - maximum);
     }
 #pragma unroll
     for (int s = kLanes / 2; s > 0; s /= 2) sum += __shfl_xor_sync(kAllLanes, sum, s);
