@@ -37,12 +37,17 @@ using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
 template <class... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
+[[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream message;
   (message << ... << parts);
   throw std::runtime_error(message.str());
 }
+
+// A macro, so that the parts of the message are put together only where it is needed.
+#define MSDA_CHECK(condition, ...)       \
+  do {                                   \
+    if (!(condition)) fail(__VA_ARGS__); \
+  } while (false)
 
 std::string to_string(const Sizes& sizes) {
   std::ostringstream text;
@@ -50,6 +55,11 @@ std::string to_string(const Sizes& sizes) {
   for (size_t i = 0; i < sizes.size(); ++i) text << (i == 0 ? "" : ", ") << sizes[i];
   text << (sizes.size() == 1 ? ",)" : ")");
   return text.str();
+}
+
+// The tensor itself where it is contiguous: asking torch's dispatcher would take a microsecond.
+Tensor dense(const Tensor& tensor) {
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 Sizes sizes_of(const Tensor& tensor) {
@@ -60,14 +70,15 @@ Sizes sizes_of(const Tensor& tensor) {
 
 void check_shape(const Tensor& tensor, const char* name, const char* letters,
                  const Sizes& expected) {
-  check(sizes_of(tensor) == expected, name, " must have shape ", letters, " = ",
-        to_string(expected), ", got ", to_string(sizes_of(tensor)));
+  MSDA_CHECK(sizes_of(tensor) == expected, name, " must have shape ", letters, " = ",
+             to_string(expected), ", got ", to_string(sizes_of(tensor)));
 }
 
 void check_device(const Tensor& tensor, const char* name, const Tensor& value) {
-  check(tensor.device() == value.device(), name, " must be on the device of value (",
-        value.is_cpu() ? "cpu" : "cuda", "), got a tensor on ", tensor.is_cpu() ? "cpu" : "cuda",
-        tensor.is_cpu() ? "" : ":", tensor.is_cpu() ? "" : std::to_string(tensor.get_device()));
+  MSDA_CHECK(tensor.device() == value.device(), name, " must be on the device of value (",
+             value.is_cpu() ? "cpu" : "cuda", "), got a tensor on ",
+             tensor.is_cpu() ? "cpu" : "cuda", tensor.is_cpu() ? "" : ":",
+             tensor.is_cpu() ? "" : std::to_string(tensor.get_device()));
 }
 
 DType dtype_of(const Tensor& tensor, const char* name) {
@@ -81,8 +92,8 @@ DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      check(false, name, " must be float32, float64, float16 or bfloat16, got ",
-            torch::headeronly::toString(tensor.scalar_type()));
+      fail(name, " must be float32, float64, float16 or bfloat16, got ",
+           torch::headeronly::toString(tensor.scalar_type()));
   }
   return DType::kFloat32;
 }
@@ -98,19 +109,19 @@ Array mutable_array(const Tensor& tensor) {
 
 void check_is_integer(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
-  check(type == ScalarType::Long || type == ScalarType::Int, name, " must be int64 or int32, got ",
-        torch::headeronly::toString(type));
+  MSDA_CHECK(type == ScalarType::Long || type == ScalarType::Int, name,
+             " must be int64 or int32, got ", torch::headeronly::toString(type));
 }
 
 // The elements of an integer tensor on the CPU.
 Sizes read_integers(const Tensor& tensor, const char* name) {
   check_is_integer(tensor, name);
   const ScalarType type = tensor.scalar_type();
-  const Tensor dense = torch::stable::contiguous(tensor);
-  Sizes numbers(dense.numel());
+  const Tensor given = dense(tensor);
+  Sizes numbers(given.numel());
   for (size_t i = 0; i < numbers.size(); ++i) {
-    numbers[i] = type == ScalarType::Long ? dense.const_data_ptr<int64_t>()[i]
-                                          : dense.const_data_ptr<int32_t>()[i];
+    numbers[i] = type == ScalarType::Long ? given.const_data_ptr<int64_t>()[i]
+                                          : given.const_data_ptr<int32_t>()[i];
   }
   return numbers;
 }
@@ -134,16 +145,16 @@ struct Call {
   std::vector<Tensor> kept;
 
   const Tensor& keep(const Tensor& tensor) {
-    kept.push_back(torch::stable::contiguous(tensor));
+    kept.push_back(dense(tensor));
     return kept.back();
   }
 
   // The same for numbers that CUDA kernels read in pairs, which must be aligned to pairs.
   const Tensor& keep_pairs(const Tensor& tensor) {
-    const Tensor& dense = keep(tensor);
-    const auto address = reinterpret_cast<uintptr_t>(dense.const_data_ptr());
-    if (dense.is_cpu() || address % (2 * dense.element_size()) == 0) return dense;
-    return kept.back() = torch::stable::clone(dense);
+    const Tensor& kept_tensor = keep(tensor);
+    const auto address = reinterpret_cast<uintptr_t>(kept_tensor.const_data_ptr());
+    if (kept_tensor.is_cpu() || address % (2 * kept_tensor.element_size()) == 0) return kept_tensor;
+    return kept.back() = torch::stable::clone(kept_tensor);
   }
 };
 
@@ -156,17 +167,17 @@ bool shapes_are_on_gpu(const Pyramid& pyramid) {
 // All numbers are 0 where the GPU alone knows them.
 Sizes read_spatial_shapes(const Pyramid& pyramid) {
   if (!pyramid.spatial_shapes_tensor) {
-    check(pyramid.spatial_shapes.size() % 2 == 0,
-          "spatial_shapes must hold (height, width) pairs, got ", pyramid.spatial_shapes.size(),
-          " numbers");
+    MSDA_CHECK(pyramid.spatial_shapes.size() % 2 == 0,
+               "spatial_shapes must hold (height, width) pairs, got ",
+               pyramid.spatial_shapes.size(), " numbers");
     return pyramid.spatial_shapes;
   }
   const Tensor& shapes = *pyramid.spatial_shapes_tensor;
-  check(shapes.dim() == 2 && shapes.size(1) == 2, "spatial_shapes must have shape (L, 2), got ",
-        to_string(sizes_of(shapes)));
+  MSDA_CHECK(shapes.dim() == 2 && shapes.size(1) == 2,
+             "spatial_shapes must have shape (L, 2), got ", to_string(sizes_of(shapes)));
   if (!shapes.is_cpu()) {
-    check(!pyramid.value.is_cpu(),
-          "spatial_shapes must be on the CPU when value is, got a tensor on cuda");
+    MSDA_CHECK(!pyramid.value.is_cpu(),
+               "spatial_shapes must be on the CPU when value is, got a tensor on cuda");
     check_device(shapes, "spatial_shapes", pyramid.value);
     check_is_integer(shapes, "spatial_shapes");
     return Sizes(2 * shapes.size(0), 0);
@@ -177,7 +188,8 @@ Sizes read_spatial_shapes(const Pyramid& pyramid) {
 // Checks value and the pyramid's metadata and fills in all sizes but those of queries and points.
 void read_pyramid(const Pyramid& pyramid, Call& call) {
   const Tensor& value = pyramid.value;
-  check(value.dim() == 4, "value must have shape (B, S, M, D), got ", to_string(sizes_of(value)));
+  MSDA_CHECK(value.dim() == 4, "value must have shape (B, S, M, D), got ",
+             to_string(sizes_of(value)));
   Problem& problem = call.problem;
   problem.batch = value.size(0);
   problem.num_keys = value.size(1);
@@ -187,43 +199,45 @@ void read_pyramid(const Pyramid& pyramid, Call& call) {
 
   const Sizes shapes = read_spatial_shapes(pyramid);
   problem.num_levels = shapes.size() / 2;
-  check(problem.num_levels > 0, "spatial_shapes must hold at least one level, got none");
+  MSDA_CHECK(problem.num_levels > 0, "spatial_shapes must hold at least one level, got none");
   const bool known = !shapes_are_on_gpu(pyramid);
   const bool ragged = !pyramid.num_points.empty();
-  check(!ragged || int64_t(pyramid.num_points.size()) == problem.num_levels,
-        "num_points must hold one count per level (", problem.num_levels, "), got ",
-        to_string(pyramid.num_points));
+  MSDA_CHECK(!ragged || int64_t(pyramid.num_points.size()) == problem.num_levels,
+             "num_points must hold one count per level (", problem.num_levels, "), got ",
+             to_string(pyramid.num_points));
   Sizes starts;
   int64_t start = 0;
   for (int64_t l = 0; l < problem.num_levels; ++l) {
     const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
-    check(!known || (height > 0 && width > 0), "spatial_shapes must be positive, got ",
-          to_string(shapes));
-    check(std::max(height, width) <= kMaxSide || value.scalar_type() == ScalarType::Double,
-          "spatial_shapes must be at most 2^24 on a side, where float32 coordinates end, got ",
-          to_string(shapes));
+    MSDA_CHECK(!known || (height > 0 && width > 0), "spatial_shapes must be positive, got ",
+               to_string(shapes));
+    MSDA_CHECK(std::max(height, width) <= kMaxSide || value.scalar_type() == ScalarType::Double,
+               "spatial_shapes must be at most 2^24 on a side, where float32 coordinates end, got ",
+               to_string(shapes));
     const int64_t points = ragged ? pyramid.num_points[l] : 0;
-    check(points >= 0, "num_points must not be negative, got ", to_string(pyramid.num_points));
+    MSDA_CHECK(points >= 0, "num_points must not be negative, got ", to_string(pyramid.num_points));
     call.levels.push_back({height, width, start, points});
     starts.push_back(start);
     int64_t pixels;
     const bool overflows = __builtin_mul_overflow(height, width, &pixels) ||
                            __builtin_add_overflow(start, pixels, &start);
-    check(!overflows, "spatial_shapes must cover the S = ", problem.num_keys,
-          " keys of value, got 2^63 pixels or more: ", to_string(shapes));
+    MSDA_CHECK(!overflows, "spatial_shapes must cover the S = ", problem.num_keys,
+               " keys of value, got 2^63 pixels or more: ", to_string(shapes));
   }
   problem.levels = call.levels.data();
-  check(!known || start == problem.num_keys, "spatial_shapes must cover the S = ", problem.num_keys,
-        " keys of value, got ", start, " pixels: ", to_string(shapes));
+  MSDA_CHECK(!known || start == problem.num_keys,
+             "spatial_shapes must cover the S = ", problem.num_keys, " keys of value, got ", start,
+             " pixels: ", to_string(shapes));
 
   // The start of a level follows from the shapes: where both are on the CPU it is checked, else it
   // is not read.
   if (known && pyramid.level_start_index && pyramid.level_start_index->is_cpu()) {
-    check(pyramid.level_start_index->dim() == 1, "level_start_index must have shape (L,), got ",
-          to_string(sizes_of(*pyramid.level_start_index)));
+    MSDA_CHECK(pyramid.level_start_index->dim() == 1,
+               "level_start_index must have shape (L,), got ",
+               to_string(sizes_of(*pyramid.level_start_index)));
     const Sizes given = read_integers(*pyramid.level_start_index, "level_start_index");
-    check(given == starts, "level_start_index must be the running sum of height * width, ",
-          to_string(starts), ", got ", to_string(given));
+    MSDA_CHECK(given == starts, "level_start_index must be the running sum of height * width, ",
+               to_string(starts), ", got ", to_string(given));
   }
 }
 
@@ -236,16 +250,16 @@ void read_samples(const Pyramid& pyramid, const Tensor& points, const char* poin
   check_device(weights, weights_name, pyramid.value);
   const bool ragged = !pyramid.num_points.empty();
   const char* const letters = ragged ? "(B, Q, M, K, 2)" : "(B, Q, M, L, P, 2)";
-  check(points.dim() == (ragged ? 5 : 6), points_name, " must have shape ", letters, ", got ",
-        to_string(sizes_of(points)));
+  MSDA_CHECK(points.dim() == (ragged ? 5 : 6), points_name, " must have shape ", letters, ", got ",
+             to_string(sizes_of(points)));
   problem.num_queries = points.size(1);
   Sizes expected = {problem.batch, problem.num_queries, problem.num_heads};
   if (ragged) {
     int64_t rest = points.size(3);
     for (const Level& level : call.levels)
       rest = level.num_points <= rest ? rest - level.num_points : -1;
-    check(rest == 0, "num_points must sum to the K = ", points.size(3), " samples of ", points_name,
-          ", got ", to_string(pyramid.num_points));
+    MSDA_CHECK(rest == 0, "num_points must sum to the K = ", points.size(3), " samples of ",
+               points_name, ", got ", to_string(pyramid.num_points));
     problem.num_samples = points.size(3);
     expected.push_back(problem.num_samples);
   } else {
@@ -286,8 +300,9 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
   const bool valid =
       shape.size() == 4 && shape[0] == problem.batch && shape[1] == problem.num_queries &&
       (shape[2] == problem.num_levels || shape[2] == 1) && (shape[3] == 2 || shape[3] == 4);
-  check(valid, "reference_points must have shape (B, Q, L or 1, 2 or 4) = (", problem.batch, ", ",
-        problem.num_queries, ", ", problem.num_levels, " or 1, 2 or 4), got ", to_string(shape));
+  MSDA_CHECK(valid, "reference_points must have shape (B, Q, L or 1, 2 or 4) = (", problem.batch,
+             ", ", problem.num_queries, ", ", problem.num_levels, " or 1, 2 or 4), got ",
+             to_string(shape));
   problem.reference = const_array(call.keep_pairs(reference_points), "reference_points");
   problem.reference_levels = shape[2];
   problem.reference_size = shape[3];
@@ -295,9 +310,9 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
   if (padding_mask) {
     check_device(*padding_mask, "padding_mask", pyramid.value);
     check_shape(*padding_mask, "padding_mask", "(B, S)", {problem.batch, problem.num_keys});
-    check(padding_mask->scalar_type() == ScalarType::Bool,
-          "padding_mask must be bool (True = padding), got ",
-          torch::headeronly::toString(padding_mask->scalar_type()));
+    MSDA_CHECK(padding_mask->scalar_type() == ScalarType::Bool,
+               "padding_mask must be bool (True = padding), got ",
+               torch::headeronly::toString(padding_mask->scalar_type()));
     problem.padding_mask = call.keep(*padding_mask).const_data_ptr<bool>();
   }
   return call;
@@ -325,7 +340,7 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
       out_of_memory = true;
     }
   });
-  check(!out_of_memory, "msda ran out of memory for the scratch space of its CPU kernels");
+  MSDA_CHECK(!out_of_memory, "msda ran out of memory for the scratch space of its CPU kernels");
 }
 
 int64_t grain_size(int64_t work_per_item) {
@@ -387,13 +402,13 @@ void run_backward_cpu(const Problem& problem, const BackwardInputs& inputs,
 template <class F>
 void with_cuda(const Call& call, const Pyramid& pyramid, const F& f) {
   // Weak: a torch without CUDA has no such symbol, and loads this library all the same.
-  check(aoti_torch_get_current_cuda_stream != nullptr,
-        "value must be on the CPU, got a CUDA tensor: this torch has no CUDA");
+  MSDA_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+             "value must be on the CPU, got a CUDA tensor: this torch has no CUDA");
   const auto device = pyramid.value.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   CudaCall cuda_call;
-  check(aoti_torch_get_current_cuda_stream(device, &cuda_call.stream) == AOTI_TORCH_SUCCESS,
-        "torch must give msda a CUDA stream, got an error");
+  MSDA_CHECK(aoti_torch_get_current_cuda_stream(device, &cuda_call.stream) == AOTI_TORCH_SUCCESS,
+             "torch must give msda a CUDA stream, got an error");
   const bool on_gpu = shapes_are_on_gpu(pyramid);
   std::optional<Tensor> shapes, level_table;
   if (on_gpu) {
@@ -414,9 +429,9 @@ std::pair<Tensor, Tensor> sort(const Tensor& integers) {
   std::array<StableIValue, 4> stack{
       torch::stable::detail::from(integers), torch::stable::detail::from(std::optional(true)),
       torch::stable::detail::from(int64_t(-1)), torch::stable::detail::from(false)};
-  check(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION) ==
-            AOTI_TORCH_SUCCESS,
-        "torch must sort the cells of a deterministic backward, got an error");
+  MSDA_CHECK(torch_call_dispatcher("aten::sort", "stable", stack.data(), TORCH_ABI_VERSION) ==
+                 AOTI_TORCH_SUCCESS,
+             "torch must sort the cells of a deterministic backward, got an error");
   return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
 }
 
@@ -492,10 +507,10 @@ Tensor dense_like_output(const Tensor& tensor, const char* name, const Call& cal
   check_device(tensor, name, value);
   check_shape(tensor, name, "(B, Q, M * D)",
               {problem.batch, problem.num_queries, problem.num_heads * problem.head_dim});
-  check(tensor.scalar_type() == value.scalar_type(), name, " must have the dtype of value (",
-        torch::headeronly::toString(value.scalar_type()), "), got ",
-        torch::headeronly::toString(tensor.scalar_type()));
-  return torch::stable::contiguous(tensor);
+  MSDA_CHECK(tensor.scalar_type() == value.scalar_type(), name, " must have the dtype of value (",
+             torch::headeronly::toString(value.scalar_type()), "), got ",
+             torch::headeronly::toString(tensor.scalar_type()));
+  return dense(tensor);
 }
 
 // An uninitialised gradient of input, or an empty tensor where none is wanted. The kernels write
