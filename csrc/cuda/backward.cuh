@@ -119,12 +119,15 @@ MSDA_DEVICE void write_gradients(const BackwardParams& params, int64_t i,
 // ----------------------------------------------------------------------------------
 
 // Blocks that a multiprocessor is to hold at once: what the registers are cut to.
-template <bool kFused, bool kCommon>
-constexpr int kBackwardBlocks = kCommon && !kFused ? 5 : 4;
+template <class T, bool kFused, bool kCommon>
+constexpr int backward_blocks() {
+  if (sizeof(T) == 8) return 3;
+  return kCommon && !kFused ? 5 : 4;
+}
 
 // Template arguments as of forward_kernel.
 template <class T, int kVec, int kLanes, bool kExact, bool kFused, bool kCommon>
-__global__ void __launch_bounds__(kThreadsPerBlock, kBackwardBlocks<kFused, kCommon>)
+__global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, kCommon>())
     backward_kernel(const __grid_constant__ BackwardParams params) {
   using Real = acc_t<T>;
   using Vector = Packed<T, kVec>;
@@ -188,11 +191,13 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kBackwardBlocks<kFused, kCom
         const Corners<Real> weights = round.weights[self.slot(i)].weights;
         const Place place = round.places[self.slot(i)];
         const uint32_t to_add = place.width_and_corners & corners_to_add;
-        const T* const north = advance(value, place.key, channels * int(sizeof(T)));
-        const T* const south = advance(north, int32_t(place.width()), channels * int(sizeof(T)));
-        Real* const grad_north = advance(grad_value, place.key, channels * int(sizeof(Real)));
+        const T* const north = advance<kCommon>(value, place.key, channels * int(sizeof(T)));
+        const T* const south =
+            advance<kCommon>(north, int32_t(place.width()), channels * int(sizeof(T)));
+        Real* const grad_north =
+            advance<kCommon>(grad_value, place.key, channels * int(sizeof(Real)));
         Real* const grad_south =
-            advance(grad_north, int32_t(place.width()), channels * int(sizeof(Real)));
+            advance<kCommon>(grad_north, int32_t(place.width()), channels * int(sizeof(Real)));
 #pragma unroll 1
         for (int chunk = 0; chunk < head_dim; chunk += kVec * kLanes) {
           if (!kExact && !load_g(chunk)) continue;
@@ -255,7 +260,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     for (int l = first_level; l < last_level; ++l) {
       const int begin = l == 0 ? 0 : levels[l - 1].samples_end, end = levels[l].samples_end;
       const Real width = Real(levels[l].width), height = Real(levels[l].height);
-      const Real half_over_points = Real(0.5) / Real(end - begin);
+      const Real half_over_points = Real(levels[l].half_over_points);
       for (int64_t i = first_sample + begin; i < first_sample + end; ++i) {
         Real x = grad_points[2 * i], y = grad_points[2 * i + 1];
         // A sample that does not count may have offsets or boxes that are NaN or Inf.

@@ -16,12 +16,12 @@ void forward_cuda(const Problem& problem, const ForwardOutputs& outputs, const C
   const bool aligned = is_aligned(params.value) && is_aligned(params.output);
   dispatch_layout<T>(problem, aligned, [&](auto layout) {
     using L = decltype(layout);
-    constexpr int kBlocks = kForwardBlocks<T, L::kExact>;
-    params.order = make_order(problem, call, L::kLanes, kBlocks);
     const auto run = [&](auto is_fused) {
-      launch(
-          forward_kernel<T, L::kVec, L::kLanes, L::kExact, decltype(is_fused)::value, L::kCommon>,
-          block_count(params.order, kBlocks), kThreadsPerBlock, call.stream, params);
+      constexpr bool kFused = decltype(is_fused)::value;
+      constexpr int kBlocks = forward_blocks<T, L::kLanes, kFused, L::kCommon>();
+      params.order = make_order(problem, call, L::kLanes, kBlocks);
+      launch(forward_kernel<T, L::kVec, L::kLanes, L::kExact, kFused, L::kCommon>,
+             block_count(params.order, kBlocks), kThreadsPerBlock, call.stream, params);
     };
     problem.is_fused() ? run(std::true_type()) : run(std::false_type());
   });

@@ -15,15 +15,17 @@ struct ForwardParams {
 };
 
 // Blocks that a multiprocessor is to hold at once: what the registers are cut to.
-template <class T, bool kExact>
-constexpr int kForwardBlocks = kExact          ? 8
-                               : sizeof(T) < 8 ? 6
-                                               : 4;
+template <class T, int kLanes, bool kFused, bool kCommon>
+constexpr int forward_blocks() {
+  if (sizeof(T) == 8) return 4;
+  if (kLanes < 4) return kFused ? 5 : 6;
+  return kCommon ? 8 : 6;
+}
 
 // kExact: D == kVec * kLanes. Else a sub-warp takes several steps over the channels.
 // kCommon: as of Sampler, and M * D == kCommonChannels.
 template <class T, int kVec, int kLanes, bool kExact, bool kFused, bool kCommon>
-__global__ void __launch_bounds__(kThreadsPerBlock, kForwardBlocks<T, kExact>)
+__global__ void __launch_bounds__(kThreadsPerBlock, forward_blocks<T, kLanes, kFused, kCommon>())
     forward_kernel(const __grid_constant__ ForwardParams params) {
   using Real = acc_t<T>;
   using Vector = Packed<T, kVec>;
@@ -64,8 +66,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock, kForwardBlocks<T, kExact>)
           if (i % 2 == 0 && first + i >= num_samples) break;
           const Corners<Real> weights = round.weights[self.slot(i)].weights;
           const Place place = round.places[self.slot(i)];
-          const char* const north = advance(base, place.key, key_stride);
-          const char* const south = advance(north, int32_t(place.width()), key_stride);
+          const char* const north = advance<kCommon>(base, place.key, key_stride);
+          const char* const south = advance<kCommon>(north, int32_t(place.width()), key_stride);
           const bool nw = has_channel && place.reads(kNw), ne = has_channel && place.reads(kNe);
           const bool sw = has_channel && place.reads(kSw), se = has_channel && place.reads(kSe);
           load_if(nw, north, v.nw);

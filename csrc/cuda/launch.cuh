@@ -106,7 +106,7 @@ inline Sampling make_sampling(const Problem& problem, const CudaCall& call) {
       const Level& level = problem.levels[l];
       samples_end += int32_t(level.num_points);
       table.levels[l - first] = {int32_t(level.height), int32_t(level.width), int32_t(level.start),
-                                 samples_end};
+                                 samples_end, 0.5 / double(level.num_points)};
       if (!in_memory) sampling.levels[l] = table.levels[l - first];
     }
     if (in_memory) fill_level_table(table, call.stream);

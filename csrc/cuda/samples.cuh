@@ -25,6 +25,7 @@ struct alignas(16) DeviceLevel {
   int32_t width;
   int32_t start;        // first key of the level
   int32_t samples_end;  // of a query and head: this level's are those from the last level's end on
+  double half_over_points;  // 1 / (2P): offsets of boxes are in units of (w, h) / (2P)
 };
 
 // What it takes to prepare a sample.
@@ -118,9 +119,11 @@ class Sampler {
     sample.width = level.width;
     sample.weight = weight(i);
     if constexpr (kFused) sample.weight = exponential(sample.weight - maximum_) * scale_;
-    const Pair<Real> given = point(i);
+    const Pair<Real> given =
+        pair<2 * kLanes * sizeof(Real) >= kSectorBytes>(sampling_.points, first_sample() + i);
     const Real width = Real(level.width), height = Real(level.height);
-    const Axis x_axis = axis(width, level, kX), y_axis = axis(height, level, kY);
+    const Pair<Axis> axes = transform(level, width, height);
+    const Axis x_axis = axes.x, y_axis = axes.y;
     sample.step_x = x_axis.step;
     sample.step_y = y_axis.step;
     const Real x = DeviceMath::multiply_add(given.x, x_axis.step, x_axis.origin);
@@ -153,7 +156,6 @@ class Sampler {
   struct Axis {
     Real step, origin, rest;
   };
-  enum Direction { kX = 0, kY = 1 };
 
   static MSDA_DEVICE Real number(const ConstArray& array, int64_t i) {
     if constexpr (kCommon) return static_cast<const Real*>(array.data)[i];
@@ -171,40 +173,44 @@ class Sampler {
     return number(sampling_.weights, place);
   }
 
-  MSDA_DEVICE Pair<Real> point(int i) const {
-    const int64_t place = first_sample() + i;
+  template <bool kOnce = false>
+  static MSDA_DEVICE Pair<Real> pair(const ConstArray& array, int64_t i) {
     if constexpr (kCommon) {
-      const auto* const p = static_cast<const Real*>(sampling_.points.data) + 2 * place;
-      constexpr bool kOnce = 2 * kLanes * sizeof(Real) >= kSectorBytes;
+      const auto* const p = static_cast<const Real*>(array.data) + 2 * i;
       const auto xy = kOnce ? load_once<Packed<Real, 2>>(p) : load<Packed<Real, 2>>(p);
       return {element(xy, 0), element(xy, 1)};
     }
-    return load_pair<Real>(sampling_.points, place);
+    return load_pair<Real>(array, i);
   }
 
   MSDA_DEVICE int64_t first_sample() const {
     return int64_t(head_.index()) * sampling_.num_samples;
   }
 
-  MSDA_DEVICE Axis axis(Real size, const DeviceLevel& level, Direction direction) const {
+  MSDA_DEVICE Pair<Axis> transform(const DeviceLevel& level, Real width, Real height) const {
     if constexpr (!kFused) {
       // Nearest: x = loc * W + 1/2, then truncated (RT-DETRv2's rule).
-      return {size, !kCommon && sampling_.nearest ? Real(0.5) : Real(-0.5), Real(0)};
+      const Real origin = !kCommon && sampling_.nearest ? Real(0.5) : Real(-0.5);
+      return {{width, origin, Real(0)}, {height, origin, Real(0)}};
     } else {
+      const bool is_box = sampling_.reference_size == 4;
       const int64_t point = int64_t(head_.query()) * sampling_.reference_levels +
                             (sampling_.reference_levels == 1 ? 0 : level_);
-      const bool is_box = sampling_.reference_size == 4;
-      const int64_t first = point * sampling_.reference_size + direction;
-      const Real centre = number(sampling_.reference, first);
-      const Real origin = DeviceMath::multiply_add(centre, size, Real(-0.5));
-      const Real rest = DeviceMath::multiply_add(centre, size, -origin) - Real(0.5);
-      if (!is_box) return {Real(1), origin, rest};
-      // Points: offsets in pixels. Boxes: offsets in units of (w, h) / (2P).
-      const int num_points =
-          level.samples_end - (level_ == 0 ? 0 : levels_[level_ - 1].samples_end);
-      const Real extent = number(sampling_.reference, first + 2);
-      return {size * extent * (Real(0.5) / Real(num_points)), origin, rest};
+      const Pair<Real> centre = pair(sampling_.reference, is_box ? 2 * point : point);
+      Pair<Axis> axes = {around(centre.x, width), around(centre.y, height)};
+      if (is_box) {
+        const Pair<Real> extent = pair(sampling_.reference, 2 * point + 1);
+        axes.x.step = width * extent.x * Real(level.half_over_points);
+        axes.y.step = height * extent.y * Real(level.half_over_points);
+      }
+      return axes;
     }
+  }
+
+  // Offsets in pixels from a reference point.
+  static MSDA_DEVICE Axis around(Real centre, Real size) {
+    const Real origin = DeviceMath::multiply_add(centre, size, Real(-0.5));
+    return {Real(1), origin, DeviceMath::multiply_add(centre, size, -origin) - Real(0.5)};
   }
 
   MSDA_DEVICE void place(Sample<Real>& sample, const DeviceLevel& level, int x0, int y0) const {
@@ -231,11 +237,13 @@ class Sampler {
   MSDA_DEVICE void drop_padding(Sample<Real>& sample) const {
     if (sampling_.padding_mask == nullptr) return;
     const bool* const padding_mask = sampling_.padding_mask + head_.b * sampling_.num_keys;
+    uint32_t is_padding = 0;
 #pragma unroll
     for (int c = 0; c < kNumCorners; ++c) {
       if ((sample.corners >> c & 1) == 0) continue;
-      if (padding_mask[sample.key + c % 2 + c / 2 * sample.width]) sample.corners &= ~(1u << c);
+      is_padding |= uint32_t(padding_mask[sample.key + c % 2 + c / 2 * sample.width]) << c;
     }
+    sample.corners &= ~is_padding;
   }
 
   // The largest logit and the scale of the exponentials, over all K samples.

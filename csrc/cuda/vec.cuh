@@ -132,16 +132,20 @@ using MachineWord =
                        std::conditional_t<sizeof(V) == 8, uint2,
                                           std::conditional_t<sizeof(V) == 4, uint32_t, uint16_t>>>;
 
-// p + index * stride, in bytes. One instruction; left to itself, the compiler multiplies 64 bits.
-template <class T>
+// p + index * stride, in bytes, in one instruction, to which the compiler must be led: a stride
+// known in advance becomes shifts and additions unless it cannot see what p is, another one a
+// product of 64 bits.
+template <bool kKnownStride, class T>
 MSDA_DEVICE T* advance(T* p, int32_t index, int32_t stride) {
 #ifdef __CUDA_ARCH__
-  int64_t address;
-  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(index), "r"(stride), "l"(p));
-  return reinterpret_cast<T*>(address);
-#else
-  return reinterpret_cast<T*>(reinterpret_cast<intptr_t>(p) + int64_t(index) * stride);
+  if constexpr (!kKnownStride) {
+    int64_t address;
+    asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(address) : "r"(index), "r"(stride), "l"(p));
+    return reinterpret_cast<T*>(address);
+  }
+  asm("" : "+l"(p));
 #endif
+  return reinterpret_cast<T*>(reinterpret_cast<intptr_t>(p) + int64_t(index) * stride);
 }
 
 // v = the vector at p where condition is true; else v keeps what it held, and p is not touched.
