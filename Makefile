@@ -5,6 +5,7 @@
 #   make bench       build, then measure against the grid_sample reference
 #   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
 #   make lint        check format, style and types
+#   make machine-code  compile the CUDA kernels for sm_90 and hold the machine code against the budget
 #   make abi         install the wheel under other versions of torch and try it there (downloads gigabytes)
 #   make clean       remove what the others made
 #
@@ -37,13 +38,16 @@ export MSDA_BUILD_DIR := build/cmake
 # ready-made code for each, as a package has, which takes three times as long to build.
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 
-.PHONY: demo test bench gpu lint abi clean
+.PHONY: demo test bench gpu lint machine-code abi clean
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
 	$(RUN) examples/quickstart.py
 
 test: build/installed.stamp
+	cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON \
+	  -DPython3_EXECUTABLE=$$($(RUN) -c "import sys; print(sys.executable)")
+	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor
 	$(RUN) -m pytest tests
 	set -e; for capability in $$($(RUN) -c "$(OTHER_CAPABILITIES)"); do \
 	  MSDA_CPU_CAPABILITY=$$capability $(RUN) -m pytest -q $(KERNEL_TESTS); done
@@ -59,6 +63,9 @@ lint: $(REQUIREMENTS)
 	$(RUN) -m ruff format --check .
 	clang-format --dry-run --Werror $(FORMATTED)
 	$(RUN) -m mypy
+
+machine-code: $(REQUIREMENTS)
+	$(RUN) tests/machine_code.py check --arch sm_90
 
 abi: $(REQUIREMENTS)
 	$(RUN) tests/abi.py $(ABI_TORCH)
