@@ -108,7 +108,7 @@ def ms_deform_attn(
             interpolation=interpolation,
         )
     _refuse_forward_mode(value, sampling_locations, attention_weights)
-    return torch.ops.msda.ms_deform_attn(
+    return ops.ms_deform_attn(
         value,
         shapes,
         shapes_tensor,
@@ -199,7 +199,7 @@ def ms_deform_attn_fused(
             padding_mask=padding_mask,
         )
     _refuse_forward_mode(value, reference_points, sampling_offsets, attention_logits)
-    return torch.ops.msda.ms_deform_attn_fused(
+    return ops.ms_deform_attn_fused(
         value,
         shapes,
         shapes_tensor,

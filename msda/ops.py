@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from msda.checks import check_fused, check_plain
 
@@ -166,6 +167,45 @@ def _fake_fused_backward(
     )
 
 
+# ---- straight to the kernels ---------------------------------------------------------------------
+
+# What torch.library registers for autograd runs in Python for every call, wanted or not: twice the
+# time of a small problem. A plain eager call goes around it.
+
+_INTERNALS = (
+    hasattr(torch._C, "_AutoDispatchBelowAutograd")
+    and hasattr(torch._C, "_get_tracing_state")
+    and hasattr(torch._C, "_len_torch_dispatch_stack")
+    and hasattr(torch._C, "_len_torch_function_stack")
+    and hasattr(torch._C._functorch, "peek_interpreter_stack")
+)
+
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether nobody wants to see the call: no tracer, mode, transform or subclass of Tensor."""
+    return (
+        _INTERNALS
+        and not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(
+            type(argument) is Tensor or type(argument) is Parameter
+            for argument in arguments
+            if isinstance(argument, Tensor)
+        )
+    )
+
+
+def _call_backward(backward: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    """Call a backward operator, by a way that refuses its derivative where one may be asked for."""
+    if torch.is_grad_enabled() or not _is_plain(arguments):
+        return backward(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return backward(*arguments)
+
+
 # ---- backward ------------------------------------------------------------------------------------
 
 
@@ -180,7 +220,9 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, shapes_tensor, start_index, locations, weights = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_value, grad_locations, grad_weights = torch.ops.msda._ms_deform_attn_backward(
+    backward = torch.ops.msda._ms_deform_attn_backward.default
+    grad_value, grad_locations, grad_weights = _call_backward(
+        backward,
         grad_output,
         value,
         ctx.spatial_shapes,
@@ -219,25 +261,25 @@ def _save_fused_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     output, value, shapes_tensor, start_index, reference, offsets, logits, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    grad_value, grad_reference, grad_offsets, grad_logits = (
-        torch.ops.msda._ms_deform_attn_fused_backward(
-            grad_output,
-            output,
-            value,
-            ctx.spatial_shapes,
-            shapes_tensor,
-            start_index,
-            reference,
-            offsets,
-            logits,
-            ctx.num_points,
-            mask,
-            needs[0],
-            needs[4],
-            needs[5],
-            needs[6],
-            torch.are_deterministic_algorithms_enabled(),
-        )
+    backward = torch.ops.msda._ms_deform_attn_fused_backward.default
+    grad_value, grad_reference, grad_offsets, grad_logits = _call_backward(
+        backward,
+        grad_output,
+        output,
+        value,
+        ctx.spatial_shapes,
+        shapes_tensor,
+        start_index,
+        reference,
+        offsets,
+        logits,
+        ctx.num_points,
+        mask,
+        needs[0],
+        needs[4],
+        needs[5],
+        needs[6],
+        torch.are_deterministic_algorithms_enabled(),
     )
     return (
         grad_value if needs[0] else None,
@@ -260,6 +302,54 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
 
 
 # ---- autograd ------------------------------------------------------------------------------------
+
+
+class _Plain(torch.autograd.Function):
+    """What is registered for ``ms_deform_attn`` below, for plain eager calls."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.msda.ms_deform_attn.default(*inputs)
+        _save_inputs(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_backward)
+
+
+class _Fused(torch.autograd.Function):
+    """The same for ``ms_deform_attn_fused``."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = torch.ops.msda.ms_deform_attn_fused.default(*inputs)
+        _save_fused_inputs(ctx, inputs, output)
+        return output
+
+    backward = staticmethod(_fused_backward)
+
+
+def _call(operator: Any, function: Any, arguments: tuple[Any, ...]) -> Tensor:
+    if not _is_plain(arguments):
+        return operator(*arguments)
+    if torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+    ):
+        return function.apply(*arguments)
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def ms_deform_attn(*arguments: Any) -> Tensor:
+    """Call the operator of that name by the shortest way."""
+    return _call(torch.ops.msda.ms_deform_attn.default, _Plain, arguments)
+
+
+def ms_deform_attn_fused(*arguments: Any) -> Tensor:
+    """Call the operator of that name by the shortest way."""
+    return _call(torch.ops.msda.ms_deform_attn_fused.default, _Fused, arguments)
+
 
 if LIBRARY is not None:
     _FORMS = (
