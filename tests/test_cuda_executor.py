@@ -1,0 +1,202 @@
+"""Kernels on the CPU behave as on a GPU, and what a GPU leaves undefined is an error."""
+
+import subprocess
+import sys
+
+import pytest
+
+import executor
+
+ORDERS = ["forward", "reverse", "random"]
+
+
+@pytest.fixture(scope="module")
+def self_test():
+    return executor.load().self_test
+
+
+@pytest.fixture(params=["native", "ucontext"])
+def make_device(request):
+    def make(**options):
+        return executor.load().Device(fibers=request.param, **options)
+
+    return make
+
+
+every_order = pytest.mark.parametrize("order", ORDERS)
+
+
+# ---- warps ---------------------------------------------------------------------------------------
+
+
+@every_order
+@pytest.mark.parametrize("type", ["int32", "uint32", "int64", "float32", "float64"])
+@pytest.mark.parametrize("width", [1, 2, 8, 32])
+def test_shuffle_reads_a_lane_of_the_own_group(make_device, self_test, order, type, width):
+    sources = [(7 * lane + 3) % 64 - 16 for lane in range(32)]
+    got = self_test.shuffle_index(make_device(order=order), type, sources, width)
+    assert got == [100 + lane // width * width + sources[lane] % width for lane in range(32)]
+
+
+@every_order
+@pytest.mark.parametrize("type", ["int32", "float64"])
+@pytest.mark.parametrize("lane_mask", [1, 5, 16, 31])
+def test_xor_shuffle_swaps_lanes(make_device, self_test, order, type, lane_mask):
+    got = self_test.shuffle_xor(make_device(order=order), type, lane_mask, 32)
+    assert got == [100 + (lane ^ lane_mask) for lane in range(32)]
+
+
+def test_xor_shuffle_reaches_earlier_groups_but_not_later_ones(make_device, self_test):
+    got = self_test.shuffle_xor(make_device(), "float32", 8, 8)
+    assert got == [100 + (lane ^ 8 if lane & 8 else lane) for lane in range(32)]
+
+
+def test_warp_barrier_does_not_wait_for_lanes_that_have_exited(make_device, self_test):
+    for order in ORDERS:
+        got = self_test.warp_barrier_after_exit(make_device(order=order))
+        assert got[1::2] == [lane ^ 2 for lane in range(1, 32, 2)]
+
+
+@pytest.mark.parametrize("threads", ["warp", "block"])
+def test_missing_barrier_shows_in_some_order_of_lanes(make_device, self_test, threads):
+    run = getattr(self_test, f"neighbours_in_{threads}")
+    count = {"warp": 32, "block": 64}[threads]
+    right = [(i + step) % count for i in range(count) for step in (-1, 1)]
+    assert all(run(make_device(order=order), True) == right for order in ORDERS)
+    assert any(run(make_device(order=order), False) != right for order in ORDERS)
+
+
+# ---- blocks --------------------------------------------------------------------------------------
+
+
+def test_shared_memory_holds_nan_at_the_start_of_each_block(make_device, self_test):
+    for order in ORDERS:
+        found = self_test.unwritten_shared_memory(make_device(order=order), 3)
+        assert found == [0xFFFFFFFF] * 6
+
+
+def test_blocks_and_threads_have_three_indices(make_device, self_test):
+    grid, block = [2, 3, 2], [4, 2, 3]
+    device = make_device()
+    numbers = self_test.indices_in_order_of_execution(device, grid, block)
+    found = [tuple(numbers[i : i + 6]) for i in range(0, len(numbers), 6)]
+    expected = [
+        (bx, by, bz, x, y, z)
+        for bz in range(2)
+        for by in range(3)
+        for bx in range(2)
+        for z in range(3)
+        for y in range(2)
+        for x in range(4)
+    ]
+    assert found == expected
+    assert (device.num_launches, device.num_blocks) == (1, 12)
+
+
+def test_order_of_threads_and_blocks_is_as_asked_for(make_device, self_test):
+    def indices(**options):
+        return self_test.indices_in_order_of_execution(make_device(**options), [3, 1, 1], [5, 1, 1])
+
+    def reversed_by_thread(numbers):
+        return [n for i in range(len(numbers) - 6, -1, -6) for n in numbers[i : i + 6]]
+
+    forward = indices()
+    assert indices(order="reverse") == reversed_by_thread(forward)
+    assert indices(order="random", seed=1) == indices(order="random", seed=1)
+    assert indices(order="random", seed=1) != indices(order="random", seed=2)
+
+
+def test_atomic_additions_of_all_threads_count(make_device, self_test):
+    for order in ORDERS:
+        assert self_test.atomic_sums(make_device(order=order)) == [192, 3 * sum(range(64))]
+
+
+# ---- what CUDA leaves undefined ------------------------------------------------------------------
+
+
+@every_order
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("shuffle_with_exited_lane", r"__shfl_sync \(self_test.cu:\d+, .*lane 5, which has exited"),
+        ("shuffle_with_lane_past_the_end_of_the_block", "names lane 8, which has exited"),
+        ("shuffle_reads_lane_that_is_not_named", "reads lane 16, which it does not name"),
+        ("shuffle_is_called_by_lane_that_is_not_named", "does not name the lane that calls it, 0"),
+        ("shuffle_by_a_width_of_12", "width must be a power of two up to 32, got 12"),
+        ("shuffles_that_do_not_meet", "16 .* wait in __shfl_xor.* 16 .* wait in __shfl_xor"),
+        ("barrier_after_exit_of_a_warp", "32 .* wait in __syncthreads .*, 32 have exited"),
+        ("barriers_of_two_branches", "32 .* wait in __syncthreads .*, 32 .* wait in __syncthreads"),
+        ("kernel_reads_nowhere", "thread 0 accessed memory that does not exist, at 0x1004"),
+        ("barrier_against_shuffle", "1 .* wait in __shfl_sync .*, 31 .* wait in __syncthreads"),
+    ],
+)
+def test_undefined_behaviour_is_reported(make_device, self_test, order, kernel, message):
+    with pytest.raises(RuntimeError, match=message):
+        getattr(self_test, kernel)(make_device(order=order))
+    # And leaves nothing behind.
+    assert self_test.atomic_sums(make_device(order=order)) == [192, 3 * sum(range(64))]
+
+
+def test_barrier_outside_of_kernels_is_refused(make_device, self_test):
+    with pytest.raises(RuntimeError, match=r"__syncthreads .* outside of a kernel"):
+        self_test.barrier_outside_of_kernels(make_device())
+
+
+# ---- the runtime ---------------------------------------------------------------------------------
+
+NO_ERROR, INVALID_CONFIGURATION, LAUNCH_FAILURE = 0, 9, 719
+
+
+def test_failed_launch_returns_its_error_once_and_then_as_the_last_error(make_device, self_test):
+    device = make_device(launch_error=LAUNCH_FAILURE)
+    errors = self_test.launch_errors(device, [1, 1, 1], [32, 1, 1])
+    assert errors == [LAUNCH_FAILURE, LAUNCH_FAILURE, NO_ERROR]
+    assert device.num_launches == 0
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "error"),
+    [
+        ([1, 1, 1], [1024, 1, 1], NO_ERROR),
+        ([1, 1, 1], [1025, 1, 1], INVALID_CONFIGURATION),
+        ([1, 1, 1], [1, 1, 65], INVALID_CONFIGURATION),
+        ([0, 1, 1], [32, 1, 1], INVALID_CONFIGURATION),
+        ([1, 1, 1], [32, 0, 1], INVALID_CONFIGURATION),
+        ([1, 65536, 1], [1, 1, 1], INVALID_CONFIGURATION),
+        ([1, 1, 65536], [1, 1, 1], INVALID_CONFIGURATION),
+        ([2**31, 1, 1], [1, 1, 1], INVALID_CONFIGURATION),
+    ],
+)
+def test_sizes_that_a_gpu_refuses_are_refused(make_device, self_test, grid, block, error):
+    assert self_test.launch_errors(make_device(), grid, block)[0] == error
+
+
+def test_work_on_another_stream_is_refused(make_device, self_test):
+    with pytest.raises(RuntimeError, match="another stream"):
+        self_test.launch_on_another_stream(make_device())
+
+
+# ---- sanitizers ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        ("kernel_reads_past_the_end", "heap-buffer-overflow"),
+        ("kernel_reads_past_the_end_of_shared_memory", "index 32 out of bounds"),
+        ("kernel_reads_host_memory", "use-after-poison"),
+        ("host_reads_device_memory", "use-after-poison"),
+        ("kernel_loads_a_vector_that_is_not_aligned", "misaligned address"),
+    ],
+)
+def test_sanitizers_see_wrong_addresses(kernel, message):
+    # Without PyTorch, which takes seconds to load.
+    code = f"import _cuda_executor as m; m.self_test.{kernel}(m.Device())"
+    environment = executor.sanitized_environment() | {
+        "PYTHONPATH": str(executor.folder("sanitized"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert message in done.stderr
