@@ -37,6 +37,7 @@ export MSDA_BUILD_DIR := build/cmake
 # Where there is nvcc: code that runs on every GPU, some of it compiled when it is loaded, instead of
 # ready-made code for each, as a package has, which takes three times as long to build.
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
+FOR_ARCHITECTURES := TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
 .PHONY: demo test bench gpu lint machine-code abi clean
 .DELETE_ON_ERROR:
@@ -45,7 +46,7 @@ demo: build/installed.stamp
 	$(RUN) examples/quickstart.py
 
 test: build/installed.stamp
-	cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON \
+	$(FOR_ARCHITECTURES) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON \
 	  -DPython3_EXECUTABLE=$$($(RUN) -c "import sys; print(sys.executable)")
 	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor
 	$(RUN) -m pytest tests
@@ -74,8 +75,7 @@ clean:
 	rm -rf build dist out msda.egg-info msda/libmsda.* $(VENV)
 
 build/installed.stamp: $(REQUIREMENTS) $(NATIVE)
-	TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)" \
-	  $(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+	$(FOR_ARCHITECTURES) $(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 	mkdir -p build && touch $@
 
 $(VENV)/requirements.stamp: requirements-dev.txt

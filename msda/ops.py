@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -304,51 +305,30 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
 # ---- autograd ------------------------------------------------------------------------------------
 
 
-class _Plain(torch.autograd.Function):
-    """What is registered for ``ms_deform_attn`` below, for plain eager calls."""
+def _direct(operator: Any, save_inputs: Any, backward: Any) -> Callable[..., Tensor]:
+    """What calls an operator by the shortest way, with the derivative that is registered below."""
 
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
+    class Direct(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator(*inputs)
+            save_inputs(ctx, inputs, output)
+            return output
+
+    Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def call(*arguments: Any) -> Tensor:
+        if not _is_plain(arguments):
+            return operator(*arguments)
+        if torch.is_grad_enabled() and any(
+            isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+        ):
+            return Direct.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.msda.ms_deform_attn.default(*inputs)
-        _save_inputs(ctx, inputs, output)
-        return output
+            return operator(*arguments)
 
-    backward = staticmethod(_backward)
-
-
-class _Fused(torch.autograd.Function):
-    """The same for ``ms_deform_attn_fused``."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
-            output = torch.ops.msda.ms_deform_attn_fused.default(*inputs)
-        _save_fused_inputs(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_fused_backward)
-
-
-def _call(operator: Any, function: Any, arguments: tuple[Any, ...]) -> Tensor:
-    if not _is_plain(arguments):
-        return operator(*arguments)
-    if torch.is_grad_enabled() and any(
-        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
-    ):
-        return function.apply(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return operator(*arguments)
-
-
-def ms_deform_attn(*arguments: Any) -> Tensor:
-    """Call the operator of that name by the shortest way."""
-    return _call(torch.ops.msda.ms_deform_attn.default, _Plain, arguments)
-
-
-def ms_deform_attn_fused(*arguments: Any) -> Tensor:
-    """Call the operator of that name by the shortest way."""
-    return _call(torch.ops.msda.ms_deform_attn_fused.default, _Fused, arguments)
+    return call
 
 
 if LIBRARY is not None:
@@ -366,3 +346,7 @@ if LIBRARY is not None:
     for _name, _fake, _grad, _setup in _FORMS:
         torch.library.register_fake(_name, _fake)
         torch.library.register_autograd(_name, _grad, setup_context=_setup)
+    ms_deform_attn = _direct(torch.ops.msda.ms_deform_attn.default, _save_inputs, _backward)
+    ms_deform_attn_fused = _direct(
+        torch.ops.msda.ms_deform_attn_fused.default, _save_fused_inputs, _fused_backward
+    )

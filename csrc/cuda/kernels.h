@@ -1,4 +1,8 @@
 // The CUDA kernels as the torch side sees them. No CUDA header is needed to include this one.
+//
+// Reading order: samples.cuh (from the inputs to one sample), order.cuh (which block works on
+// what), forward.cuh and backward.cuh (the kernels), gather.cuh (the deterministic gradient of
+// value), launch.cuh (which kernel, in how many blocks); vec.cuh has what moves numbers.
 
 #pragma once
 
@@ -26,8 +30,9 @@ struct CudaCall {
 
 int64_t level_table_bytes(int64_t num_levels, bool shapes_on_device);
 
-// Both enqueue their work on call.stream and return. They throw std::runtime_error where the
-// problem is too large for them or a launch fails. T: the type of value.
+// All of these enqueue their work on call.stream and return. They throw std::runtime_error where
+// the problem is too large for them or a launch fails. The batch, queries, heads and keys of a
+// problem must not be none. T: the type of value.
 
 // Writes every element of the output.
 template <class T>

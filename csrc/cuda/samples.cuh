@@ -236,7 +236,7 @@ class Sampler {
 
   MSDA_DEVICE void drop_padding(Sample<Real>& sample) const {
     if (sampling_.padding_mask == nullptr) return;
-    const bool* const padding_mask = sampling_.padding_mask + head_.b * sampling_.num_keys;
+    const bool* const padding_mask = sampling_.padding_mask + int64_t(head_.b) * sampling_.num_keys;
     uint32_t is_padding = 0;
 #pragma unroll
     for (int c = 0; c < kNumCorners; ++c) {

@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cassert>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -156,7 +157,7 @@ MSDA_DEVICE void load_if(bool condition, const void* p, V& v) {
   if (condition) v = bit_cast<V>(__ldg(static_cast<const MachineWord<V>*>(p)));
 #else
   memset(&v, 0xff, sizeof(V));  // NaN: a use of what was not loaded shows
-  if (condition) memcpy(&v, p, sizeof(V));
+  if (condition) v = *static_cast<const V*>(p);
 #endif
 }
 
@@ -271,6 +272,9 @@ MSDA_DEVICE void atomic_add(Real* p, const Real (&x)[kVec]) {
   } else
 #endif
   {
+#ifndef __CUDA_ARCH__
+    assert(kVec % 4 != 0 || reinterpret_cast<uintptr_t>(p) % kMaxVectorBytes == 0);
+#endif
 #pragma unroll
     for (int i = 0; i < kVec; ++i) {
 #ifdef __CUDA_ARCH__
