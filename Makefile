@@ -55,6 +55,7 @@ test: build/installed.stamp
 
 bench: build/installed.stamp
 	$(RUN) benchmarks/bench_operator.py
+	$(RUN) benchmarks/bench_fused.py
 
 gpu: $(REQUIREMENTS)
 	$(RUN) benchmarks/gpu.py all $(GPU_OPTIONS)

@@ -43,6 +43,33 @@ def operator_table() -> str:
     return "\n\n".join(parts)
 
 
+def fused_table() -> str:
+    """Every committed fused.json, one table per machine."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/fused.json")):
+        results = json.loads(path.read_text())
+        machine = results["machine"]
+        lines = [
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']} kernels, "
+            f"torch {machine['torch']}, msda {machine['msda']} at {machine['commit']}, float32 "
+            f"(`{path.relative_to(ROOT)}`):",
+            "",
+            "| workload | direction | threads | unfused, ms | fused, ms | ratio "
+            "| extra memory, MB: unfused / fused |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['workload']} | {row['direction']} | {row['threads']} "
+            f"| {row['unfused_ms']:.2f} | {row['fused_ms']:.2f} | **{row['ratio']:.2f}x** "
+            f"| {row['unfused_extra_bytes'] / 1e6:.1f} / {row['fused_extra_bytes'] / 1e6:.1f} |"
+            for row in results["rows"]
+        ]
+        calls = ", ".join(f"{name} {us:.0f} us" for name, us in results["calls"].items())
+        lines += ["", f"A call on one query there, one thread: {calls}."]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
 NO_GPU_FIGURE = (
     "No GPU figure exists yet: `make gpu` on a machine with a CUDA device measures them "
     "and writes the files that this block is made from."
@@ -137,7 +164,7 @@ def gpu_checks(folder: Path) -> list[str]:
     return [" ".join(sentences)] if sentences else []
 
 
-TABLES = {"operator": operator_table, "gpu": gpu_table}
+TABLES = {"operator": operator_table, "fused": fused_table, "gpu": gpu_table}
 
 
 def main() -> int:
