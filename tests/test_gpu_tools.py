@@ -868,10 +868,8 @@ def test_programs_compile_without_a_warning(tmp_path, source):
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A README with markers, and no results yet."""
-    (tmp_path / "README.md").write_text(
-        "<!-- operator:begin -->\n\n<!-- operator:end -->\nbetween\n"
-        "<!-- gpu:begin -->\nold\n<!-- gpu:end -->\n"
-    )
+    blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in report.TABLES]
+    (tmp_path / "README.md").write_text("between\n".join(blocks))
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "benchmarks" / "results")
     return tmp_path
