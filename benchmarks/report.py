@@ -17,16 +17,23 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def cpu_heading(path: Path, results: dict) -> str:
+    """What a table of CPU results was measured on."""
+    machine = results["machine"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']} kernels, "
+        f"torch {machine['torch']}, msda {machine['msda']} at {machine['commit']}, float32 "
+        f"(`{path.relative_to(ROOT)}`):"
+    )
+
+
 def operator_table() -> str:
     """Ratios of every committed operator.json, one table per machine."""
     parts = []
     for path in sorted(RESULTS.glob("*/operator.json")):
         results = json.loads(path.read_text())
-        machine = results["machine"]
         lines = [
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']} kernels, "
-            f"torch {machine['torch']}, msda {machine['msda']} at {machine['commit']}, float32 "
-            f"(`{path.relative_to(ROOT)}`):",
+            cpu_heading(path, results),
             "",
             "| workload | direction | threads | grid_sample core, ms | msda, ms | ratio "
             "| extra memory, MB: grid_sample / msda | bfloat16 vs float32 | float16 vs float32 |",
@@ -48,11 +55,8 @@ def fused_table() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*/fused.json")):
         results = json.loads(path.read_text())
-        machine = results["machine"]
         lines = [
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']} kernels, "
-            f"torch {machine['torch']}, msda {machine['msda']} at {machine['commit']}, float32 "
-            f"(`{path.relative_to(ROOT)}`):",
+            cpu_heading(path, results),
             "",
             "| workload | direction | threads | unfused, ms | fused, ms | ratio "
             "| extra memory, MB: unfused / fused |",

@@ -21,8 +21,7 @@ struct BackwardParams {
   bool points_in_pixels;  // leave grad_points in pixels, for backward_reference_kernel
 };
 
-// ---- sums over the lanes of a sub-warp
-// -----------------------------------------------------------
+// ---- sums over the lanes of a sub-warp ----------------------------------------------------------
 
 // a of this lane and of the lane at distance s, added; the upper one of the two takes b instead.
 template <class Real>
@@ -57,8 +56,7 @@ MSDA_DEVICE Real sum_lanes(Real x) {
   return x;
 }
 
-// ---- gradients of one sample
-// ---------------------------------------------------------------------
+// ---- gradients of one sample --------------------------------------------------------------------
 
 // sum += <g, v>
 template <class T, int kVec>
@@ -115,8 +113,7 @@ MSDA_DEVICE void write_gradients(const BackwardParams& params, int64_t i,
   }
 }
 
-// ---- the kernel
-// ----------------------------------------------------------------------------------
+// ---- the kernel ---------------------------------------------------------------------------------
 
 // Blocks that a multiprocessor is to hold at once: what the registers are cut to.
 template <class T, bool kFused, bool kCommon>
@@ -226,8 +223,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, k
   });
 }
 
-// ---- gradients of the reference points
-// -----------------------------------------------------------
+// ---- gradients of the reference points ----------------------------------------------------------
 
 // One thread for each reference point: sums the gradients, in pixels, of the samples that it
 // placed, in their order, and turns them into gradients of the offsets.

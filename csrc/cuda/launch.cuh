@@ -26,8 +26,7 @@ void launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, void* 
              "launch a CUDA kernel");
 }
 
-// ---- what fits
-// -----------------------------------------------------------------------------------
+// ---- what fits ----------------------------------------------------------------------------------
 
 inline void check_fits(bool fits, const char* name, const char* rule, int64_t value) {
   if (fits) return;
@@ -51,8 +50,7 @@ inline void check_fits(const Problem& problem) {
   }
 }
 
-// ---- the parameters that forward and backward share
-// ----------------------------------------------
+// ---- the parameters that forward and backward share ---------------------------------------------
 
 // What it takes to fill some entries of the table of levels in memory: where the sizes are known to
 // the GPU only, or are too many for a kernel's parameters.
@@ -197,8 +195,7 @@ inline unsigned block_count(const Order& order, int blocks_per_multiprocessor) {
   return order.num_ranges * (one_each ? 1 : blocks_per_multiprocessor);
 }
 
-// ---- which kernel
-// --------------------------------------------------------------------------------
+// ---- which kernel -------------------------------------------------------------------------------
 
 template <int kVec_, int kLanes_, bool kExact_, bool kCommon_>
 struct Layout {

@@ -277,8 +277,7 @@ class Sampler {
   Real maximum_ = 0, scale_ = 0;
 };
 
-// ---- a round of samples in shared memory
-// ---------------------------------------------------------
+// ---- a round of samples in shared memory --------------------------------------------------------
 
 // What the lanes that read the pixels of a sample need to know of it.
 template <class Real>

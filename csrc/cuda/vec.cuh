@@ -9,6 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -20,8 +21,7 @@
 
 namespace msda {
 
-// ---- element types
-// -------------------------------------------------------------------------------
+// ---- element types ------------------------------------------------------------------------------
 
 // The type in which values of type T are summed, and in which coordinates are kept.
 template <class T>
@@ -85,8 +85,7 @@ MSDA_DEVICE T narrow(acc_t<T> x) {
   }
 }
 
-// ---- vectors
-// -------------------------------------------------------------------------------------
+// ---- vectors ------------------------------------------------------------------------------------
 
 constexpr int kMaxVectorBytes = 16;
 
@@ -202,8 +201,7 @@ MSDA_DEVICE void multiply_add_if(bool condition, acc_t<T> w, const Packed<T, kVe
   for (int i = 0; i < kVec; ++i) sum[i] += w * x[i];
 }
 
-// ---- arrays of a type known at run time
-// ----------------------------------------------------------
+// ---- arrays of a type known at run time ---------------------------------------------------------
 
 // Calls f with a null pointer of the element type. The branches are the same for all threads.
 template <class F>
@@ -253,8 +251,7 @@ MSDA_DEVICE void store_pair(const Array& array, int64_t i, Pair<Real> pair) {
   });
 }
 
-// ---- atomic additions
-// ----------------------------------------------------------------------------
+// ---- atomic additions ---------------------------------------------------------------------------
 
 // p[i] += x[i] for each i, each addition atomic by itself. Vectors of four floats go out as one
 // instruction where there is one (compute capability 9.0). PTX, because the compiler does not see
