@@ -353,10 +353,10 @@ int64_t work_per_query_and_head(const Problem& problem) {
 
 void run_forward_cpu(const Problem& problem, const ForwardOutputs& outputs) {
   const CpuKernels& kernels = cpu_kernels();
-  parallel_for(
-      0, problem.batch * problem.num_queries,
-      grain_size(work_per_query_and_head(problem) * problem.num_heads),
-      [&](int64_t first, int64_t last) { kernels.forward(problem, outputs, first, last); });
+  parallel_for(0, problem.batch * problem.num_heads * problem.num_queries,
+               grain_size(work_per_query_and_head(problem)), [&](int64_t first, int64_t last) {
+                 kernels.forward(problem, outputs, first, last);
+               });
 }
 
 void zero_fill(const Tensor& tensor) {

@@ -39,6 +39,17 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
+// A copy of few bytes, without the call that std::memcpy is.
+inline void copy_bytes(const void* from, void* to, int64_t count) {
+  const char* const source = static_cast<const char*>(from);
+  char* const target = static_cast<char*>(to);
+  int64_t i = 0;
+  for (; i + kVectorBytes <= count; i += kVectorBytes) {
+    store_as(target + i, load_as<Vec<float>>(source + i));
+  }
+  if (i < count) std::memcpy(target + i, source + i, count - i);
+}
+
 // Calls f with a null pointer of the array's element type.
 template <class F>
 inline auto dispatch_dtype(DType dtype, const F& f) {
@@ -96,6 +107,19 @@ inline void write(const Array& array, int64_t offset, int64_t count, const Real*
     using T = std::remove_pointer_t<decltype(type)>;
     convert(from, static_cast<T*>(array.data) + offset, count);
   });
+}
+
+constexpr int64_t kCacheLine = 64;  // bytes
+
+// Asks memory for count elements from offset on, which are to be read or to be written: a line that
+// is only written must be fetched as well, and stores wait for one another.
+template <bool kToWrite, class AnyArray>
+inline void prefetch(const AnyArray& array, int64_t offset, int64_t count) {
+  const int64_t size = element_size(array.dtype);
+  const intptr_t first = reinterpret_cast<intptr_t>(array.data) + offset * size;
+  for (int64_t byte = 0; byte < count * size; byte += kCacheLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(first + byte), kToWrite);
+  }
 }
 
 }  // namespace MSDA_CPU_CAPABILITY

@@ -12,23 +12,23 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 namespace {
 
-// Where a task sums the gradient of one head's pixels: in grad_value itself or in a buffer of its
-// own.
-template <class Real>
-struct GradValue {
-  Real* base;  // null if not wanted
-  Rows rows;
-};
+// Packed: value and the sums of grad_value are copies of one head's pixels, next to each other.
+// Otherwise value is read where it is, and the sums lie in grad_value or in a copy.
+template <class T, bool kPacked>
+using PackedSamples = Samples<acc_t<T>, std::conditional_t<kPacked, index_t<acc_t<T>>, int64_t>>;
 
 // One query and head, kVectors vectors of channels or `channels` lanes of one (kPartial):
 // adds weight * grad_output to the pixels read by forward, and adds to dots[4 * i + c] the product
 // <grad_output, value> of sample i and corner c over these channels.
 //   value: value[b, 0, m, d:]   grad_output: grad_output[b, q, m * D + d:]
 //   grad_value: the sum's place for key 0, channel d, of the head
-template <class T, int kVectors, bool kPartial, bool kDots, bool kScatter>
-void backward_channels(const Samples<acc_t<T>>& samples, const T* value, const T* grad_output,
-                       int channels, acc_t<T>* grad_value, acc_t<T>* dots, bool first_channels) {
+template <class T, bool kPacked, int kVectors, bool kPartial, bool kDots, bool kScatter>
+void backward_channels(const PackedSamples<T, kPacked>& samples, const T* value,
+                       const T* grad_output, int channels, acc_t<T>* grad_value, acc_t<T>* dots,
+                       bool first_channels) {
   using Real = acc_t<T>;
+  // Rows next to each other in both: what differs is how wide a number is.
+  constexpr int kGradScale = kPacked ? sizeof(Real) / sizeof(T) : 1;
   constexpr int kStep = kLanes<Real>;
   Vec<Real> g[kVectors];
   for (int k = 0; k < kVectors; ++k) {
@@ -38,53 +38,56 @@ void backward_channels(const Samples<acc_t<T>>& samples, const T* value, const T
   const int64_t count = samples.count();
   for (int64_t i = 0; i < count; i += kStep) {
     const int group = int(count - i < kStep ? count - i : kStep);
-    const int64_t* const value_offset = samples.value_offset() + kNumCorners * i;
-    const int64_t* const grad_offset = samples.grad_offset() + kNumCorners * i;
+    const auto* const value_offset = samples.value_offset() + kNumCorners * i;
+    const auto* const grad_offset =
+        kPacked ? value_offset : samples.grad_offset() + kNumCorners * i;
     const Real* const weight = samples.corner_weight() + kNumCorners * i;
     Vec<Real> weights[kNumCorners];
     for (int c = 0; c < kNumCorners; ++c) weights[c] = load(weight + c * kStep);
     IntVec<Real> index = {};
-    for (int j = 0; j < group; ++j, index += 1) {
-      Vec<Real> dot[kNumCorners] = {};
-      for (int c = 0; c < kNumCorners; ++c) {
-        if constexpr (kDots) {
-          const T* const pixel = at_distance(value, value_offset[c * kStep + j]);
-          for (int k = 0; k < kVectors; ++k) {
-            dot[c] += g[k] * (kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep));
+    // As many samples at once as their sums fill a vector: what is stored whole can be loaded whole
+    // before it has reached the cache. Samples past the last do not count.
+    for (int j = 0; j < group; j += kQuads<Real>) {
+      Vec<Real> dot[kQuads<Real>][kNumCorners] = {};
+      MSDA_UNROLL for (int s = 0; s < kQuads<Real>; ++s, index += 1) {
+        MSDA_UNROLL for (int c = 0; c < kNumCorners; ++c) {
+          const int n = c * kStep + j + s;
+          if constexpr (kDots) {
+            const T* const pixel = at_distance(value, value_offset[n]);
+            MSDA_UNROLL for (int k = 0; k < kVectors; ++k) {
+              dot[s][c] +=
+                  g[k] * (kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep));
+            }
           }
-        }
-        if constexpr (kScatter) {
-          Real* const pixel = at_distance(grad_value, grad_offset[c * kStep + j]);
-          const Vec<Real> w = broadcast_lane(weights[c], index, weight + c * kStep, j);
-          for (int k = 0; k < kVectors; ++k) {
-            Real* const p = pixel + k * kStep;
-            if constexpr (kPartial) {
-              store_partial(p, load_partial(p, channels) + g[k] * w, channels);
-            } else {
-              store(p, load(p) + g[k] * w);
+          if constexpr (kScatter) {
+            Real* const pixel = at_distance(grad_value, int64_t(grad_offset[n]) * kGradScale);
+            const Vec<Real> w = broadcast_lane(weights[c], index, weight + c * kStep, j + s);
+            MSDA_UNROLL for (int k = 0; k < kVectors; ++k) {
+              Real* const p = pixel + k * kStep;
+              if constexpr (kPartial) {
+                store_partial(p, load_partial(p, channels) + g[k] * w, channels);
+              } else {
+                store(p, load(p) + g[k] * w);
+              }
             }
           }
         }
       }
-      if constexpr (kDots) {
-        Real* const sums = dots + kNumCorners * (i + j);
-        auto sum = lane_sums(dot[kNw], dot[kNe], dot[kSw], dot[kSe]);
-        if (!first_channels) sum += load_as<decltype(sum)>(sums);
-        store_as(sums, sum);
-      }
+      if constexpr (kDots) store_lane_sums(dots + kNumCorners * (i + j), dot, !first_channels);
     }
   }
 }
 
 // Walks the channels of one query and head in as few passes as the vectors allow.
-template <class T, bool kDots, bool kScatter>
-void backward_all_channels(const Samples<acc_t<T>>& samples, const T* value, const T* grad_output,
-                           int64_t head_dim, acc_t<T>* grad_value, acc_t<T>* dots) {
+template <class T, bool kPacked, bool kDots, bool kScatter>
+void backward_all_channels(const PackedSamples<T, kPacked>& samples, const T* value,
+                           const T* grad_output, int64_t head_dim, acc_t<T>* grad_value,
+                           acc_t<T>* dots) {
   constexpr int kStep = kLanes<acc_t<T>>;
   const auto run = [&](auto vectors, auto partial, int64_t d) {
-    backward_channels<T, decltype(vectors)::value, decltype(partial)::value, kDots, kScatter>(
-        samples, value + d, grad_output + d, int(head_dim - d), grad_value + (kScatter ? d : 0),
-        dots, d == 0);
+    backward_channels<T, kPacked, decltype(vectors)::value, decltype(partial)::value, kDots,
+                      kScatter>(samples, value + d, grad_output + d, int(head_dim - d),
+                                grad_value + (kScatter ? d : 0), dots, d == 0);
   };
   constexpr std::bool_constant<false> whole;
   constexpr std::bool_constant<true> partial;
@@ -95,9 +98,8 @@ void backward_all_channels(const Samples<acc_t<T>>& samples, const T* value, con
   if (d < head_dim) run(std::integral_constant<int, 1>(), partial, d);
 }
 
-// One task, or the tasks of neighbouring heads together: the gradients of levels first_level to
-// last_level - 1 of heads first_head to last_head - 1 of image b.
-template <class T>
+// The gradients of levels first_level to last_level - 1 of one head of one image after the other.
+template <class T, bool kPacked>
 class Backward {
  public:
   using Real = acc_t<T>;
@@ -107,107 +109,105 @@ class Backward {
       : problem_(problem),
         inputs_(inputs),
         outputs_(outputs),
-        first_level_(first_level),
-        last_level_(last_level),
-        samples_(problem, first_level, last_level, kQueryTile, true),
+        first_key_(problem.levels[first_level].start),
+        num_keys_(problem.levels[last_level - 1].start +
+                  problem.levels[last_level - 1].height * problem.levels[last_level - 1].width -
+                  first_key_),
+        num_sums_(outputs.grad_value.data && !sums_in_place(problem) ? num_keys_ : 0),
+        samples_(problem, first_level, last_level, true),
         dots_(4 * samples_.padded()),
         points_(2 * samples_.padded()),
         weights_(samples_.padded()),
-        delta_(problem.is_fused() ? 2 * problem.head_dim : 0),
-        zeros_(problem.head_dim),
-        rubbish_(problem.head_dim),
-        scratch_(outputs.grad_value.data && !sums_in_place(problem) ? num_keys() * problem.head_dim
-                                                                    : 0) {
+        copy_(problem, first_key_, kPacked ? num_keys_ : 0),
+        sums_((num_sums_ + 1) * problem.head_dim) {
     std::memset(dots_.get(), 0, 4 * samples_.padded() * sizeof(Real));
-    std::memset(zeros_.get(), 0, problem.head_dim * sizeof(T));
-    std::memset(rubbish_.get(), 0, problem.head_dim * sizeof(Real));
+    std::memset(rubbish(), 0, problem.head_dim * sizeof(Real));
   }
 
-  void run(int64_t b, int64_t first_head, int64_t last_head) {
-    if (outputs_.grad_value.data == nullptr) {
-      walk(b, first_head, last_head, [](int64_t) { return GradValue<Real>{}; });
-    } else if (sums_in_place(problem_)) {
-      const int64_t M = problem_.num_heads, D = problem_.head_dim;
-      Real* const base =
-          static_cast<Real*>(outputs_.grad_value.data) + b * problem_.num_keys * M * D;
-      walk(b, first_head, last_head, [&](int64_t m) {
-        Real* const head = base + m * D;
-        return GradValue<Real>{head,
-                               {M * D * int64_t(sizeof(Real)), 0, distance(head, rubbish_.get())}};
-      });
-    } else {
-      for (int64_t m = first_head; m < last_head; ++m) run_in_scratch(b, m);
+  // Head m of image b.
+  void run(int64_t b, int64_t m) {
+    const int64_t M = problem_.num_heads, D = problem_.head_dim;
+    // value[b, 0, m, :]
+    const T* value =
+        static_cast<const T*>(problem_.value.data) + (b * problem_.num_keys * M + m) * D;
+    Rows value_rows{M * D * int64_t(sizeof(T)), 0, distance(value, copy_.get())};
+    if (kPacked) {
+      copy_.read(b, m);
+      value = copy_.get();
+      value_rows = copy_.rows();
     }
+    // Where the gradients of the pixels are summed: in place, or next to each other.
+    Real* grad_value = nullptr;
+    Rows grad_rows{};
+    if (num_sums_ > 0) {
+      std::memset(sums_.get(), 0, num_sums_ * D * sizeof(Real));
+      grad_value = sums_.get();
+      grad_rows = {D * int64_t(sizeof(Real)), first_key_, distance(grad_value, rubbish())};
+    } else if (outputs_.grad_value.data) {
+      grad_value =
+          static_cast<Real*>(outputs_.grad_value.data) + (b * problem_.num_keys * M + m) * D;
+      grad_rows = {M * D * int64_t(sizeof(Real)), 0, distance(grad_value, rubbish())};
+    }
+    for (int64_t q = 0; q < problem_.num_queries; ++q) {
+      samples_.set_query(b, q);
+      samples_.prepare(b, q, m, value_rows, kPacked || !grad_value ? nullptr : &grad_rows);
+      query(b, q, m, value, grad_value);
+    }
+    if (num_sums_ > 0) write_sums(b, m);
   }
 
  private:
-  template <class GradValueOfHead>
-  void walk(int64_t b, int64_t first_head, int64_t last_head,
-            const GradValueOfHead& grad_value_of_head) {
-    const int64_t Q = problem_.num_queries;
-    for (int64_t tile = 0; tile < Q; tile += kQueryTile) {
-      const int64_t end = tile + kQueryTile < Q ? tile + kQueryTile : Q;
-      samples_.set_queries(b, tile, end);
-      for (int64_t m = first_head; m < last_head; ++m) {
-        const GradValue<Real> grad_value = grad_value_of_head(m);
-        for (int64_t q = tile; q < end; ++q) query(b, q, m, q - tile, grad_value);
-      }
-    }
-  }
+  // A row past the sums, for corners that are not to be added to.
+  Real* rubbish() { return sums_.get() + num_sums_ * problem_.head_dim; }
 
-  // Keys of this object's levels.
-  int64_t num_keys() const {
-    const Level& last = problem_.levels[last_level_ - 1];
-    return last.start + last.height * last.width - problem_.levels[first_level_].start;
-  }
-
-  // Sums the gradient of one head's pixels as contiguous rows of Real, then rounds and copies them.
-  void run_in_scratch(int64_t b, int64_t m) {
+  void write_sums(int64_t b, int64_t m) {
     const int64_t M = problem_.num_heads, D = problem_.head_dim;
-    const int64_t first_key = problem_.levels[first_level_].start;
-    std::memset(scratch_.get(), 0, num_keys() * D * sizeof(Real));
-    walk(b, m, m + 1, [&](int64_t) {
-      const int64_t nowhere = distance(scratch_.get(), rubbish_.get());
-      return GradValue<Real>{scratch_.get(), {D * int64_t(sizeof(Real)), first_key, nowhere}};
-    });
     T* const grad_value = static_cast<T*>(outputs_.grad_value.data) +
-                          ((b * problem_.num_keys + first_key) * M + m) * D;
-    for (int64_t key = 0; key < num_keys(); ++key) {
-      convert(scratch_.get() + key * D, grad_value + key * M * D, D);
+                          ((b * problem_.num_keys + first_key_) * M + m) * D;
+    for (int64_t key = 0; key < num_keys_; ++key) {
+      convert(sums_.get() + key * D, grad_value + key * M * D, D);
     }
   }
 
-  void query(int64_t b, int64_t q, int64_t m, int64_t slot, const GradValue<Real>& grad_value) {
-    const int64_t M = problem_.num_heads, D = problem_.head_dim;
-    const int64_t head = (b * problem_.num_queries + q) * M + m;
-    const T* const value =
-        static_cast<const T*>(problem_.value.data) + (b * problem_.num_keys * M + m) * D;
+  void query(int64_t b, int64_t q, int64_t m, const T* value, Real* grad_value) {
+    const int64_t D = problem_.head_dim;
+    const int64_t head = (b * problem_.num_queries + q) * problem_.num_heads + m;
     const T* const grad_output = static_cast<const T*>(inputs_.grad_output.data) + head * D;
-    samples_.prepare(b, q, m, slot, {M * D * int64_t(sizeof(T)), 0, distance(value, zeros_.get())},
-                     grad_value.base ? &grad_value.rows : nullptr);
+    prefetch_next(head + rows_ahead(problem_));
     const bool wants_dots = outputs_.grad_points.data || outputs_.grad_weights.data;
     const auto run = [&](auto with_dots, auto with_scatter) {
-      backward_all_channels<T, decltype(with_dots)::value, decltype(with_scatter)::value>(
-          samples_, value, grad_output, D, grad_value.base, dots_.get());
+      backward_all_channels<T, kPacked, decltype(with_dots)::value, decltype(with_scatter)::value>(
+          samples_, value, grad_output, D, grad_value, dots_.get());
     };
     constexpr std::bool_constant<false> no;
     constexpr std::bool_constant<true> yes;
     if (!wants_dots) {
       run(no, yes);
-    } else if (grad_value.base == nullptr) {
+    } else if (grad_value == nullptr) {
       run(yes, no);
     } else {
       run(yes, yes);
     }
-    if (wants_dots) write_sample_gradients(head, slot);
+    if (wants_dots) write_sample_gradients(head);
+  }
+
+  void prefetch_next(int64_t head) {
+    const int64_t D = problem_.head_dim, samples = head * problem_.num_samples + samples_.begin();
+    prefetch<false>(inputs_.grad_output, head * D, D);
+    if (problem_.is_fused()) prefetch<false>(inputs_.output, head * D, D);
+    if (outputs_.grad_points.data) {
+      prefetch<true>(outputs_.grad_points, 2 * samples, 2 * samples_.count());
+    }
+    if (outputs_.grad_weights.data) {
+      prefetch<true>(outputs_.grad_weights, samples, samples_.count());
+    }
   }
 
   // The gradients of points and weights, each of which belongs to one sample alone.
-  void write_sample_gradients(int64_t head, int64_t slot) {
+  void write_sample_gradients(int64_t head) {
     // Softmax: grad_logit = p * (grad_p - sum over all samples of p * grad_p), and that sum is
     // <grad_output, output>.
     const Real delta = problem_.is_fused() ? output_product(head) : Real(0);
-    const PixelTransform<Real> to_pixels = samples_.transform(slot);
     const bool in_pixels = outputs_.grad_reference.data != nullptr;
     for (int64_t i = 0; i < samples_.padded(); i += kLanes<Real>) {
       Corners<Vec<Real>> dot;
@@ -225,8 +225,8 @@ class Backward {
         grad_x = attention * gradient.dx;
         grad_y = attention * gradient.dy;
         if (!in_pixels) {
-          grad_x *= load(to_pixels.x.step + i);
-          grad_y *= load(to_pixels.y.step + i);
+          grad_x *= load(samples_.x().step.get() + i);
+          grad_y *= load(samples_.y().step.get() + i);
         }
         // Where no corner was read the step may be NaN or Inf.
         grad_x = corners != 0 ? grad_x : Vec<Real>{};
@@ -247,45 +247,42 @@ class Backward {
   }
 
   // <grad_output, output> of one query and head.
-  Real output_product(int64_t head) {
+  Real output_product(int64_t head) const {
+    constexpr int kStep = kLanes<Real>;
     const int64_t D = problem_.head_dim;
-    Real* const g = delta_.get();
-    Real* const output = g + D;
-    read(inputs_.grad_output, head * D, D, g);
-    read(inputs_.output, head * D, D, output);
-    Real sum = 0;
-    for (int64_t d = 0; d < D; ++d) sum += g[d] * output[d];
-    return sum;
+    const T* const g = static_cast<const T*>(inputs_.grad_output.data) + head * D;
+    const T* const output = static_cast<const T*>(inputs_.output.data) + head * D;
+    Vec<Real> sum = {};
+    int64_t d = 0;
+    for (; d + kStep <= D; d += kStep) sum += load(g + d) * load(output + d);
+    if (d < D) sum += load_partial(g + d, int(D - d)) * load_partial(output + d, int(D - d));
+    return sum_lanes(sum);
   }
 
   const Problem& problem_;
   const BackwardInputs& inputs_;
   const BackwardOutputs& outputs_;
-  const int64_t first_level_, last_level_;
-  Samples<Real> samples_;
-  Buffer<Real> dots_, points_, weights_, delta_;
-  Buffer<T> zeros_;
-  Buffer<Real> rubbish_, scratch_;
+  const int64_t first_key_, num_keys_;  // of the levels
+  const int64_t num_sums_;              // as many, or 0 where grad_value is summed in place
+  PackedSamples<T, kPacked> samples_;
+  Buffer<Real> dots_, points_, weights_;
+  HeadRows<T> copy_;
+  Buffer<Real> sums_;
 };
 
-template <class T>
+template <class T, bool kPacked>
 void backward_tasks(const Problem& problem, const BackwardInputs& inputs,
                     const BackwardOutputs& outputs, bool by_level, int64_t first, int64_t last) {
   const int64_t M = problem.num_heads, L = problem.num_levels;
   if (by_level) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t l = task % L, head = task / L;
-      Backward<T>(problem, inputs, outputs, l, l + 1).run(head / M, head % M, head % M + 1);
+      Backward<T, kPacked>(problem, inputs, outputs, l, l + 1).run(head / M, head % M);
     }
     return;
   }
-  Backward<T> backward(problem, inputs, outputs, 0, L);
-  while (first < last) {
-    const int64_t b = first / M;
-    const int64_t end = (b + 1) * M < last ? (b + 1) * M : last;
-    backward.run(b, first - b * M, end - b * M);
-    first = end;
-  }
+  Backward<T, kPacked> backward(problem, inputs, outputs, 0, L);
+  for (int64_t head = first; head < last; ++head) backward.run(head / M, head % M);
 }
 
 template <class Real>
@@ -293,12 +290,11 @@ void backward_reference_rows(const Problem& problem, const BackwardOutputs& outp
                              int64_t last) {
   const int64_t M = problem.num_heads, K = problem.num_samples;
   const int64_t size = problem.reference_size, levels = problem.reference_levels;
-  Samples<Real> samples(problem, 0, problem.num_levels, 1, true);
+  Samples<Real, int64_t> samples(problem, 0, problem.num_levels, true);
   Buffer<Real> grad_points(2 * K), offsets(2 * K), grad_reference(levels * size);
   for (int64_t row = first; row < last; ++row) {
     const int64_t b = row / problem.num_queries, q = row % problem.num_queries;
-    samples.set_queries(b, q, q + 1);
-    const PixelTransform<Real> to_pixels = samples.transform(0);
+    samples.set_query(b, q);
     std::memset(grad_reference.get(), 0, levels * size * sizeof(Real));
     for (int64_t m = 0; m < M; ++m) {
       const int64_t first_sample = (row * M + m) * K;
@@ -321,8 +317,8 @@ void backward_reference_rows(const Problem& problem, const BackwardOutputs& outp
             grad_point[2] += grad_x * offsets[2 * i] * half_over_points;
             grad_point[3] += grad_y * offsets[2 * i + 1] * half_over_points;
           }
-          grad_points[2 * i] *= to_pixels.x.step[i];
-          grad_points[2 * i + 1] *= to_pixels.y.step[i];
+          grad_points[2 * i] *= samples.x().step[i];
+          grad_points[2 * i + 1] *= samples.y().step[i];
         }
       }
       write(outputs.grad_points, 2 * first_sample, 2 * K, grad_points.get());
@@ -336,8 +332,13 @@ void backward_reference_rows(const Problem& problem, const BackwardOutputs& outp
 void backward(const Problem& problem, const BackwardInputs& inputs, const BackwardOutputs& outputs,
               bool by_level, int64_t first, int64_t last) {
   dispatch_dtype(problem.value.dtype, [&](auto* type) {
-    backward_tasks<std::remove_pointer_t<decltype(type)>>(problem, inputs, outputs, by_level, first,
-                                                          last);
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Real = acc_t<T>;
+    if (is_dense(problem, problem.num_queries) && fits<index_t<Real>>(problem, sizeof(Real))) {
+      backward_tasks<T, true>(problem, inputs, outputs, by_level, first, last);
+    } else {
+      backward_tasks<T, false>(problem, inputs, outputs, by_level, first, last);
+    }
   });
 }
 

@@ -10,8 +10,8 @@ namespace {
 // Sums the samples of one query and head over kVectors vectors of channels, or over the first
 // `channels` lanes of one vector where kPartial.
 //   value: value[b, 0, m, d:]   output: output[b, q, m * D + d:]
-template <class T, int kVectors, bool kPartial>
-void gather(const Samples<acc_t<T>>& samples, const T* value, int channels, T* output) {
+template <class T, class Offset, int kVectors, bool kPartial>
+void gather(const Samples<acc_t<T>, Offset>& samples, const T* value, int channels, T* output) {
   using Real = acc_t<T>;
   constexpr int kStep = kLanes<Real>;
   // Enough independent sums to hide the latency of a multiply-add.
@@ -21,7 +21,7 @@ void gather(const Samples<acc_t<T>>& samples, const T* value, int channels, T* o
   const int64_t count = samples.count();
   for (int64_t i = 0; i < count; i += kStep) {
     const int group = int(count - i < kStep ? count - i : kStep);
-    const int64_t* const offset = samples.value_offset() + kNumCorners * i;
+    const Offset* const offset = samples.value_offset() + kNumCorners * i;
     const Real* const weight = samples.corner_weight() + kNumCorners * i;
     Vec<Real> weights[kNumCorners];
     for (int c = 0; c < kNumCorners; ++c) weights[c] = load(weight + c * kStep);
@@ -49,47 +49,47 @@ void gather(const Samples<acc_t<T>>& samples, const T* value, int channels, T* o
   }
 }
 
-template <class T>
-void forward_rows(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
-                  int64_t last) {
+// Walks rows first..last-1 head by head, with the head's pixels copied next to each other if
+// packed.
+template <class T, class Offset>
+void forward_heads(const Problem& problem, const ForwardOutputs& outputs, bool packed,
+                   int64_t first, int64_t last) {
   constexpr int kStep = kLanes<acc_t<T>>;
-  const int64_t D = problem.head_dim, Q = problem.num_queries;
-  const int64_t key_stride = problem.num_heads * D;
-  Samples<acc_t<T>> samples(problem, 0, problem.num_levels, kQueryTile, false);
-  Buffer<T> zeros(D);
-  std::memset(zeros.get(), 0, D * sizeof(T));
+  const int64_t M = problem.num_heads, D = problem.head_dim, Q = problem.num_queries;
+  Samples<acc_t<T>, Offset> samples(problem, 0, problem.num_levels, false);
+  HeadRows<T> copy(problem, 0, packed ? problem.num_keys : 0);
 
-  for (int64_t tile = first; tile < last;) {
-    const int64_t b = tile / Q;
-    const int64_t image_end = (b + 1) * Q < last ? (b + 1) * Q : last;
-    const int64_t end = tile + kQueryTile < image_end ? tile + kQueryTile : image_end;
-    samples.set_queries(b, tile - b * Q, end - b * Q);
-
-    for (int64_t m = 0; m < problem.num_heads; ++m) {
-      // value[b, 0, m, :]
-      const T* const value =
-          static_cast<const T*>(problem.value.data) + b * problem.num_keys * key_stride + m * D;
-      const Rows rows{key_stride * int64_t(sizeof(T)), 0, distance(value, zeros.get())};
-      for (int64_t row = tile; row < end; ++row) {
-        samples.prepare(b, row - b * Q, m, row - tile, rows);
-        T* const output = static_cast<T*>(outputs.output.data) + row * key_stride + m * D;
-        int64_t d = 0;
-        for (; d + 8 * kStep <= D; d += 8 * kStep) {
-          gather<T, 8, false>(samples, value + d, 0, output + d);
-        }
-        for (; d + 4 * kStep <= D; d += 4 * kStep) {
-          gather<T, 4, false>(samples, value + d, 0, output + d);
-        }
-        for (; d + 2 * kStep <= D; d += 2 * kStep) {
-          gather<T, 2, false>(samples, value + d, 0, output + d);
-        }
-        for (; d + kStep <= D; d += kStep) {
-          gather<T, 1, false>(samples, value + d, 0, output + d);
-        }
-        if (d < D) gather<T, 1, true>(samples, value + d, int(D - d), output + d);
-      }
+  while (first < last) {
+    const int64_t b = first / Q / M, m = first / Q % M;
+    const int64_t end = (first / Q + 1) * Q < last ? (first / Q + 1) * Q : last;
+    // value[b, 0, m, :]
+    const T* value = static_cast<const T*>(problem.value.data) + (b * problem.num_keys * M + m) * D;
+    Rows rows{M * D * int64_t(sizeof(T)), 0, distance(value, copy.get())};
+    if (packed) {
+      copy.read(b, m);
+      value = copy.get();
+      rows = copy.rows();
     }
-    tile = end;
+    for (; first < end; ++first) {
+      const int64_t q = first % Q;
+      samples.set_query(b, q);
+      samples.prepare(b, q, m, rows);
+      const int64_t row = (b * Q + q) * M + m;
+      T* const output = static_cast<T*>(outputs.output.data) + row * D;
+      prefetch<true>(outputs.output, (row + rows_ahead(problem)) * D, D);
+      const auto run = [&](auto vectors, auto partial, int64_t d) {
+        gather<T, Offset, decltype(vectors)::value, decltype(partial)::value>(
+            samples, value + d, int(D - d), output + d);
+      };
+      constexpr std::bool_constant<false> whole;
+      constexpr std::bool_constant<true> partial;
+      int64_t d = 0;
+      for (; d + 8 * kStep <= D; d += 8 * kStep) run(std::integral_constant<int, 8>(), whole, d);
+      for (; d + 4 * kStep <= D; d += 4 * kStep) run(std::integral_constant<int, 4>(), whole, d);
+      for (; d + 2 * kStep <= D; d += 2 * kStep) run(std::integral_constant<int, 2>(), whole, d);
+      for (; d + kStep <= D; d += kStep) run(std::integral_constant<int, 1>(), whole, d);
+      if (d < D) run(std::integral_constant<int, 1>(), partial, d);
+    }
   }
 }
 
@@ -97,7 +97,15 @@ void forward_rows(const Problem& problem, const ForwardOutputs& outputs, int64_t
 
 void forward(const Problem& problem, const ForwardOutputs& outputs, int64_t first, int64_t last) {
   dispatch_dtype(problem.value.dtype, [&](auto* type) {
-    forward_rows<std::remove_pointer_t<decltype(type)>>(problem, outputs, first, last);
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Near = index_t<acc_t<T>>;
+    const int64_t num_queries =
+        problem.num_queries < last - first ? problem.num_queries : last - first;
+    if (is_dense(problem, num_queries) && fits<Near>(problem, sizeof(T))) {
+      forward_heads<T, Near>(problem, outputs, true, first, last);
+    } else {
+      forward_heads<T, int64_t>(problem, outputs, false, first, last);
+    }
   });
 }
 

@@ -14,24 +14,20 @@
 namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 
-// Queries that are walked head by head before the next ones: they share pixels. (The rows of one
-// head lie M * D elements apart and so fall into a fraction of the L1 sets, which speaks against
-// walking a head for long; measured, anything from 1 to 32 is within a few per cent.)
-constexpr int64_t kQueryTile = 32;
-
 // From what the caller gave for one axis (a location or an offset) to a pixel coordinate:
-// step * given + origin + rest. One entry per sample; rest is what origin lost to rounding.
+// step * given + origin + rest, where rest is what origin lost to rounding. One entry per level, or
+// per sample.
 template <class Real>
 struct AxisTransform {
-  Real* step;
-  Real* origin;
-  Real* rest;
+  explicit AxisTransform(int64_t length) : step(length), origin(length), rest(length) {}
+
+  Buffer<Real> step, origin, rest;
 };
 
-template <class Real>
-struct PixelTransform {
-  AxisTransform<Real> x, y;
-};
+// Rows of queries and heads from now that inputs and outputs are asked for: those of this head,
+// some queries on. The walk, head by head, jumps too far for the machine to foresee it, and memory
+// answers later than one query takes.
+inline int64_t rows_ahead(const Problem& problem) { return 4 * problem.num_heads; }
 
 // Where the pixels of one head lie in memory, in bytes from a base pointer: key k at
 // (k - first_key) * key_stride. Corners that are not to be read or written go to `nowhere`, a row
@@ -43,6 +39,13 @@ struct Rows {
   int64_t first_key;
   int64_t nowhere;
 };
+
+// Whether Offset holds every distance within a copy of one head's pixels, in scalars of a size.
+template <class Offset>
+inline bool fits(const Problem& problem, int64_t scalar_size) {
+  return (problem.num_keys + 1) * problem.head_dim <=
+         (int64_t(1) << (8 * sizeof(Offset) - 1)) / scalar_size - 1;
+}
 
 struct VectorMath {
   template <class V>
@@ -66,16 +69,58 @@ inline T* at_distance(T* from, int64_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<intptr_t>(from) + bytes);
 }
 
-// The samples of one query and head at a time, for the queries given to set_queries() (fused form)
-// or for any (plain form). Holds the tables and buffers that outlive a query.
-template <class Real>
+// One head's pixels of some levels, copied next to each other, and a row of zeros after them. In
+// value the rows of a head lie M * D elements apart and share an eighth of the L1 sets (8 heads); a
+// copy uses all of them. Worth it where pixels are sampled often: see is_dense().
+template <class T>
+class HeadRows {
+ public:
+  HeadRows(const Problem& problem, int64_t first_key, int64_t num_keys)
+      : problem_(problem),
+        first_key_(first_key),
+        num_keys_(num_keys),
+        rows_((num_keys + 1) * problem.head_dim) {
+    std::memset(rows_.get() + num_keys * problem.head_dim, 0, problem.head_dim * sizeof(T));
+  }
+
+  T* get() { return rows_.get(); }
+
+  Rows rows() const {
+    const int64_t row = problem_.head_dim * int64_t(sizeof(T));
+    return {row, first_key_, num_keys_ * row};
+  }
+
+  // Copies the pixels of head m of image b from value.
+  void read(int64_t b, int64_t m) {
+    const int64_t M = problem_.num_heads, D = problem_.head_dim;
+    const T* const value = static_cast<const T*>(problem_.value.data) +
+                           ((b * problem_.num_keys + first_key_) * M + m) * D;
+    const int64_t row = D * int64_t(sizeof(T));
+    for (int64_t key = 0; key < num_keys_; ++key) {
+      const T* const pixel = at_distance(value, key * M * row);
+      for (int64_t byte = 0; byte < row; byte += kCacheLine) {
+        __builtin_prefetch(at_distance(pixel, kPrefetchedRows * M * row + byte));
+      }
+      copy_bytes(pixel, rows_.get() + key * D, row);
+    }
+  }
+
+ private:
+  static constexpr int64_t kPrefetchedRows = 16;  // asked for ahead: they lie far apart
+
+  const Problem& problem_;
+  const int64_t first_key_, num_keys_;
+  Buffer<T> rows_;
+};
+
+// The samples of one query and head at a time. Holds the tables and buffers that outlive them.
+// Offset is the type of distances between pixels: index_t<Real> where it can hold them.
+template <class Real, class Offset>
 class Samples {
  public:
-  // first_level, last_level: only the samples of these levels are prepared. max_queries: how many
-  // queries set_queries() may hold at once. for_backward: corners(), fx(), fy() and attention() are
-  // wanted.
-  Samples(const Problem& problem, int64_t first_level, int64_t last_level, int64_t max_queries,
-          bool for_backward)
+  // first_level, last_level: only the samples of these levels are prepared. for_backward:
+  // corners(), fx(), fy() and attention() are wanted.
+  Samples(const Problem& problem, int64_t first_level, int64_t last_level, bool for_backward)
       : problem_(problem),
         for_backward_(for_backward),
         first_level_(first_level),
@@ -84,11 +129,15 @@ class Samples {
         count_(count_points(problem, first_level, last_level)),
         padded_(round_up(count_, kLanes<Real>)),
         padded_all_(round_up(problem.num_samples, kLanes<Real>)),
+        level_(padded_),
         width_(padded_),
         height_(padded_),
         map_width_(padded_),
         level_start_(padded_),
-        transform_(6 * padded_ * (problem.is_fused() ? max_queries : 1)),
+        level_x_(problem.num_levels),
+        level_y_(problem.num_levels),
+        x_(padded_),
+        y_(padded_),
         reference_(problem.reference_levels * problem.reference_size),
         given_points_(2 * padded_),
         given_weights_(padded_all_),
@@ -102,11 +151,13 @@ class Samples {
         corner_weight_(kNumCorners * padded_) {
     int64_t i = 0;
     for (int64_t l = first_level; l < last_level; ++l) {
-      const Level& level = problem.levels[l];
-      for (int64_t p = 0; p < level.num_points; ++p, ++i) set_level(i, level);
+      for (int64_t p = 0; p < problem.levels[l].num_points; ++p, ++i) {
+        set_level(i, l, problem.levels[l]);
+      }
     }
-    for (; i < padded_; ++i) set_level(i, Level{1, 1, 0, 0});
-    std::memset(given_points_.get(), 0, 2 * padded_ * sizeof(Real));
+    // Samples past the last: NaN for points, so that they do not count.
+    for (; i < padded_; ++i) set_level(i, first_level, Level{1, 1, 0, 0});
+    for (int64_t k = 0; k < 2 * padded_; ++k) given_points_[k] = Real(__builtin_nan(""));
     std::memset(given_weights_.get(), 0, padded_all_ * sizeof(Real));
     if (!problem.is_fused()) set_transform_of_locations();
   }
@@ -135,48 +186,36 @@ class Samples {
     return (i / kLanes<Real> * kNumCorners + c) * kLanes<Real> + i % kLanes<Real>;
   }
   const Real* corner_weight() const { return corner_weight_.get(); }
-  const int64_t* value_offset() const { return value_offset_.get(); }
-  const int64_t* grad_offset() const { return grad_offset_.get(); }
+  const Offset* value_offset() const { return value_offset_.get(); }
+  const Offset* grad_offset() const { return grad_offset_.get(); }  // if given grad_rows
 
-  // The transform of query q, where q counts from the first query given to set_queries().
-  PixelTransform<Real> transform(int64_t q) const {
-    Real* const base =
-        const_cast<Real*>(transform_.get()) + (problem_.is_fused() ? q : 0) * 6 * padded_;
-    return {{base, base + padded_, base + 2 * padded_},
-            {base + 3 * padded_, base + 4 * padded_, base + 5 * padded_}};
-  }
+  // How what was given becomes pixels, per sample.
+  const AxisTransform<Real>& x() const { return x_; }
+  const AxisTransform<Real>& y() const { return y_; }
 
-  // Reads the reference points of queries first..last-1, which serve all heads. Fused form only.
-  void set_queries(int64_t b, int64_t first, int64_t last) {
+  // Reads the reference points of query q of image b, if the call is fused.
+  void set_query(int64_t b, int64_t q) {
     if (!problem_.is_fused()) return;
     const int64_t size = problem_.reference_levels * problem_.reference_size;
-    for (int64_t q = first; q < last; ++q) {
-      read(problem_.reference, (b * problem_.num_queries + q) * size, size, reference_.get());
-      const PixelTransform<Real> to_pixels = transform(q - first);
-      int64_t i = 0;
-      for (int64_t l = first_level_; l < last_level_; ++l) {
-        const Level& level = problem_.levels[l];
-        const Real* const point =
-            reference_.get() + (problem_.reference_levels == 1 ? 0 : l) * problem_.reference_size;
-        // Points: offsets in pixels. Boxes: offsets in units of (w, h) / (2P).
-        const bool is_box = problem_.reference_size == 4;
-        const Real half_over_points = Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
-        const Real step_x = is_box ? Real(level.width) * point[2] * half_over_points : Real(1);
-        const Real step_y = is_box ? Real(level.height) * point[3] * half_over_points : Real(1);
-        for (int64_t p = 0; p < level.num_points; ++p, ++i) {
-          set_axis(to_pixels.x, i, step_x, double(point[0]) * double(level.width) - 0.5);
-          set_axis(to_pixels.y, i, step_y, double(point[1]) * double(level.height) - 0.5);
-        }
-      }
-      for (; i < padded_; ++i) {
-        set_axis(to_pixels.x, i, 0, 0);
-        set_axis(to_pixels.y, i, 0, 0);
-      }
+    const Real* const reference =
+        view(problem_.reference, (b * problem_.num_queries + q) * size, size, reference_.get());
+    for (int64_t l = first_level_; l < last_level_; ++l) {
+      const Level& level = problem_.levels[l];
+      const Real* const point =
+          reference + (problem_.reference_levels == 1 ? 0 : l) * problem_.reference_size;
+      // Points: offsets in pixels. Boxes: offsets in units of (w, h) / (2P).
+      const bool is_box = problem_.reference_size == 4;
+      const Real half_over_points = Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
+      const Real step_x = is_box ? Real(level.width) * point[2] * half_over_points : Real(1);
+      const Real step_y = is_box ? Real(level.height) * point[3] * half_over_points : Real(1);
+      set_axis(level_x_, l, step_x, double(point[0]) * double(level.width) - 0.5);
+      set_axis(level_y_, l, step_y, double(point[1]) * double(level.height) - 0.5);
     }
+    spread_transform();
   }
 
-  // Prepares the samples of head m of query q of image b; slot is q's place in set_queries().
-  void prepare(int64_t b, int64_t q, int64_t m, int64_t slot, const Rows& value_rows,
+  // Prepares the samples of head m of query q of image b, which set_query() was called for.
+  void prepare(int64_t b, int64_t q, int64_t m, const Rows& value_rows,
                const Rows* grad_rows = nullptr) {
     const int64_t head = (b * problem_.num_queries + q) * problem_.num_heads + m;
     const int64_t first_sample = head * problem_.num_samples;
@@ -190,31 +229,18 @@ class Samples {
       weights_ =
           given(problem_.weights, first_sample + begin_, count_, padded_, given_weights_.get());
     }
-    prefetch(problem_.points, 2 * (first_sample + problem_.num_heads * problem_.num_samples),
-             2 * problem_.num_samples);
-    prefetch(problem_.weights, first_sample + problem_.num_heads * problem_.num_samples,
-             problem_.num_samples);
-    const PixelTransform<Real> to_pixels = transform(slot);
+    const int64_t ahead = (head + rows_ahead(problem_)) * problem_.num_samples + begin_;
+    prefetch<false>(problem_.points, 2 * ahead, 2 * count_);
+    prefetch<false>(problem_.weights, ahead, count_);
     if (problem_.nearest) {
-      prepare_nearest(to_pixels, value_rows, grad_rows);
+      prepare_nearest(value_rows, grad_rows);
     } else {
-      prepare_bilinear(to_pixels, value_rows, grad_rows);
+      prepare_bilinear(value_rows, grad_rows);
     }
     if (problem_.padding_mask != nullptr) drop_padding(b, value_rows, grad_rows);
   }
 
  private:
-  // Asks for count elements from offset on, of the next query: the walk, head by head, jumps too
-  // far for the machine to foresee it.
-  static void prefetch(const ConstArray& array, int64_t offset, int64_t count) {
-    constexpr int64_t kCacheLine = 64;
-    const int64_t size = element_size(array.dtype);
-    const char* const base = static_cast<const char*>(array.data);
-    for (int64_t byte = 0; byte < count * size; byte += kCacheLine) {
-      __builtin_prefetch(base + offset * size + byte);
-    }
-  }
-
   static int64_t count_points(const Problem& problem, int64_t first_level, int64_t last_level) {
     int64_t count = 0;
     for (int64_t l = first_level; l < last_level; ++l) count += problem.levels[l].num_points;
@@ -229,26 +255,43 @@ class Samples {
     return buffer;
   }
 
-  void set_level(int64_t i, const Level& level) {
+  void set_level(int64_t i, int64_t l, const Level& level) {
+    level_[i] = index_t<Real>(l);
     width_[i] = Real(level.width);
     height_[i] = Real(level.height);
-    map_width_[i] = level.width;
-    level_start_[i] = level.start;
-  }
-
-  static void set_axis(const AxisTransform<Real>& axis, int64_t i, Real step, double origin) {
-    axis.step[i] = step;
-    axis.origin[i] = Real(origin);
-    axis.rest[i] = Real(origin - double(Real(origin)));
+    map_width_[i] = Offset(level.width);
+    level_start_[i] = Offset(level.start);
   }
 
   // Bilinear: x = loc * W - 1/2. Nearest: x = loc * W + 1/2, then truncated (RT-DETRv2's rule).
   void set_transform_of_locations() {
-    const PixelTransform<Real> to_pixels = transform(0);
     const double origin = problem_.nearest ? 0.5 : -0.5;
-    for (int64_t i = 0; i < padded_; ++i) {
-      set_axis(to_pixels.x, i, width_[i], origin);
-      set_axis(to_pixels.y, i, height_[i], origin);
+    for (int64_t l = first_level_; l < last_level_; ++l) {
+      set_axis(level_x_, l, Real(problem_.levels[l].width), origin);
+      set_axis(level_y_, l, Real(problem_.levels[l].height), origin);
+    }
+    spread_transform();
+  }
+
+  static void set_axis(AxisTransform<Real>& axis, int64_t level, Real step, double origin) {
+    axis.step[level] = step;
+    axis.origin[level] = Real(origin);
+    axis.rest[level] = Real(origin - double(Real(origin)));
+  }
+
+  // From levels to samples.
+  void spread_transform() {
+    for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
+      const IntVec<Real> level = load_as<IntVec<Real>>(level_.get() + i);
+      const auto spread = [&](const Buffer<Real>& from, Buffer<Real>& to) {
+        store(to.get() + i, take(from.get(), problem_.num_levels, level));
+      };
+      spread(level_x_.step, x_.step);
+      spread(level_x_.origin, x_.origin);
+      spread(level_x_.rest, x_.rest);
+      spread(level_y_.step, y_.step);
+      spread(level_y_.origin, y_.origin);
+      spread(level_y_.rest, y_.rest);
     }
   }
 
@@ -278,10 +321,10 @@ class Samples {
   // be taken to change the members.
   struct Pointers {
     const Real *points, *weights, *width, *height;
-    const int64_t *map_width, *level_start;
+    const Offset *map_width, *level_start;
     Real *corner_weight, *fx, *fy, *attention;
     index_t<Real>* corners;
-    int64_t *key, *value_offset, *grad_offset;
+    Offset *key, *value_offset, *grad_offset;
   };
 
   Pointers pointers() {
@@ -301,16 +344,14 @@ class Samples {
             grad_offset_.get()};
   }
 
-  void prepare_bilinear(const PixelTransform<Real>& to_pixels, const Rows& value_rows,
-                        const Rows* grad_rows) {
+  void prepare_bilinear(const Rows& value_rows, const Rows* grad_rows) {
     const Pointers p = pointers();
     const int64_t padded = padded_;
     for (int64_t i = 0; i < padded; i += kLanes<Real>) {
       Vec<Real> given_x, given_y;
       load_pairs(p.points + 2 * i, given_x, given_y);
-      const Vec<Real> step_x = load(to_pixels.x.step + i), step_y = load(to_pixels.y.step + i);
-      const Vec<Real> origin_x = load(to_pixels.x.origin + i);
-      const Vec<Real> origin_y = load(to_pixels.y.origin + i);
+      const Vec<Real> step_x = load(x_.step.get() + i), step_y = load(y_.step.get() + i);
+      const Vec<Real> origin_x = load(x_.origin.get() + i), origin_y = load(y_.origin.get() + i);
       Vec<Real> x = multiply_add(given_x, step_x, origin_x);
       Vec<Real> y = multiply_add(given_y, step_y, origin_y);
 
@@ -321,9 +362,9 @@ class Samples {
       const Vec<Real> attention = counts ? load(p.weights + i) : Vec<Real>{};
 
       const Cell<Vec<Real>> column =
-          find_cell<VectorMath>(given_x, step_x, origin_x, load(to_pixels.x.rest + i), x);
+          find_cell<VectorMath>(given_x, step_x, origin_x, load(x_.rest.get() + i), x);
       const Cell<Vec<Real>> row =
-          find_cell<VectorMath>(given_y, step_y, origin_y, load(to_pixels.y.rest + i), y);
+          find_cell<VectorMath>(given_y, step_y, origin_y, load(y_.rest.get() + i), y);
       const Vec<Real> x0 = column.first, y0 = row.first;
       const Vec<Real> fx = counts ? column.fraction : Vec<Real>{};
       const Vec<Real> fy = counts ? row.fraction : Vec<Real>{};
@@ -342,23 +383,21 @@ class Samples {
         store(p.attention + i, attention);
       }
 
-      const IntVec<Real> corners = (read.nw & (1 << kNw)) | (read.ne & (1 << kNe)) |
-                                   (read.sw & (1 << kSw)) | (read.se & (1 << kSe));
       place(p, i, __builtin_convertvector(x0, IntVec<Real>),
-            __builtin_convertvector(y0, IntVec<Real>), corners, value_rows, grad_rows);
+            __builtin_convertvector(y0, IntVec<Real>), read, value_rows, grad_rows);
     }
   }
 
   // One pixel per sample, which takes the place of the north-west corner. A location beyond the map
   // reads the pixel at its edge; one that is not finite does not count.
-  void prepare_nearest(const PixelTransform<Real>& to_pixels, const Rows& value_rows,
-                       const Rows* grad_rows) {
+  void prepare_nearest(const Rows& value_rows, const Rows* grad_rows) {
     const Pointers p = pointers();
+    const IntVec<Real> none = {};
     for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
       Vec<Real> x, y;
       load_pairs(p.points + 2 * i, x, y);
-      x = multiply_add(x, load(to_pixels.x.step + i), load(to_pixels.x.origin + i));
-      y = multiply_add(y, load(to_pixels.y.step + i), load(to_pixels.y.origin + i));
+      x = multiply_add(x, load(x_.step.get() + i), load(x_.origin.get() + i));
+      y = multiply_add(y, load(y_.step.get() + i), load(y_.origin.get() + i));
       const IntVec<Real> counts = (x - x == 0) & (y - y == 0);
 
       const Vec<Real> last_x = load(p.width + i) - 1, last_y = load(p.height + i) - 1;
@@ -373,41 +412,42 @@ class Samples {
       store(p.fy + i, Vec<Real>{});
       store(p.attention + i, attention);
       place(p, i, __builtin_convertvector(x, IntVec<Real>),
-            __builtin_convertvector(y, IntVec<Real>), counts & (1 << kNw), value_rows, grad_rows);
+            __builtin_convertvector(y, IntVec<Real>), {counts, none, none, none}, value_rows,
+            grad_rows);
     }
   }
 
-  // Stores where the corners of a vector of samples lie. 64 bits, because a map may have more than
-  // 2^31 pixels.
-  void place(const Pointers& p, int64_t i, IntVec<Real> x0, IntVec<Real> y0, IntVec<Real> corners,
-             const Rows& value_rows, const Rows* grad_rows) {
+  // Stores where the corners of a vector of samples lie.
+  void place(const Pointers& p, int64_t i, IntVec<Real> x0, IntVec<Real> y0,
+             const Corners<IntVec<Real>>& read, const Rows& value_rows, const Rows* grad_rows) {
     const bool keep_keys = problem_.padding_mask != nullptr;
-    if (for_backward_ || keep_keys) store_as(p.corners + i, corners);
-    for (int part = 0; part < kLanes<Real>; part += kLanes<int64_t>) {
+    if (for_backward_ || keep_keys) {
+      store_as(p.corners + i, (read.nw & (1 << kNw)) | (read.ne & (1 << kNe)) |
+                                  (read.sw & (1 << kSw)) | (read.se & (1 << kSe)));
+    }
+    for (int part = 0; part < kLanes<Real>; part += kLanes<Offset>) {
       const int64_t j = i + part;
-      const Vec<int64_t> map_width = load_as<Vec<int64_t>>(p.map_width + j);
-      const Vec<int64_t> key =
-          load_as<Vec<int64_t>>(p.level_start + j) + widen(y0, part) * map_width + widen(x0, part);
+      const Vec<Offset> map_width = load_as<Vec<Offset>>(p.map_width + j);
+      const Vec<Offset> key = load_as<Vec<Offset>>(p.level_start + j) +
+                              widen<Offset>(y0, part) * map_width + widen<Offset>(x0, part);
       if (keep_keys) store_as(p.key + j, key);
-      const Vec<int64_t> wide_corners = widen(corners, part);
-      store_offsets(p.value_offset, j, key, map_width, wide_corners, value_rows);
-      if (grad_rows) store_offsets(p.grad_offset, j, key, map_width, wide_corners, *grad_rows);
+      const Corners<Vec<Offset>> wide{widen<Offset>(read.nw, part), widen<Offset>(read.ne, part),
+                                      widen<Offset>(read.sw, part), widen<Offset>(read.se, part)};
+      store_offsets(p.value_offset, j, key, map_width, wide, value_rows);
+      if (grad_rows) store_offsets(p.grad_offset, j, key, map_width, wide, *grad_rows);
     }
   }
 
-  void store_offsets(int64_t* offsets, int64_t i, Vec<int64_t> key, Vec<int64_t> map_width,
-                     Vec<int64_t> corners, const Rows& rows) {
-    const Vec<int64_t> nowhere = broadcast(rows.nowhere);
-    const Vec<int64_t> north = (key - rows.first_key) * rows.key_stride;
-    const Vec<int64_t> south = north + map_width * rows.key_stride;
-    const auto put = [&](int corner, Vec<int64_t> offset) {
-      store_as(offsets + corner_index(corner, i),
-               (corners & (1 << corner)) != 0 ? offset : nowhere);
-    };
-    put(kNw, north);
-    put(kNe, north + rows.key_stride);
-    put(kSw, south);
-    put(kSe, south + rows.key_stride);
+  void store_offsets(Offset* offsets, int64_t i, Vec<Offset> key, Vec<Offset> map_width,
+                     const Corners<Vec<Offset>>& read, const Rows& rows) {
+    const Offset stride = Offset(rows.key_stride);
+    const Vec<Offset> nowhere = broadcast(Offset(rows.nowhere));
+    const Vec<Offset> north = (key - Offset(rows.first_key)) * stride;
+    const Vec<Offset> south = north + map_width * stride;
+    store_as(offsets + corner_index(kNw, i), read.nw ? north : nowhere);
+    store_as(offsets + corner_index(kNe, i), read.ne ? north + stride : nowhere);
+    store_as(offsets + corner_index(kSw, i), read.sw ? south : nowhere);
+    store_as(offsets + corner_index(kSe, i), read.se ? south + stride : nowhere);
   }
 
   // Turns away from the corners that lie on padded pixels.
@@ -418,8 +458,8 @@ class Samples {
         if ((corners_[i] >> c & 1) == 0) continue;
         if (!mask[key_[i] + c % 2 + c / 2 * map_width_[i]]) continue;
         corners_[i] &= ~(index_t<Real>(1) << c);
-        value_offset_[corner_index(c, i)] = value_rows.nowhere;
-        if (grad_rows) grad_offset_[corner_index(c, i)] = grad_rows->nowhere;
+        value_offset_[corner_index(c, i)] = Offset(value_rows.nowhere);
+        if (grad_rows) grad_offset_[corner_index(c, i)] = Offset(grad_rows->nowhere);
       }
     }
   }
@@ -428,12 +468,14 @@ class Samples {
   const bool for_backward_;
   const int64_t first_level_, last_level_;
   const int64_t begin_, count_, padded_, padded_all_;
+  Buffer<index_t<Real>> level_;
   Buffer<Real> width_, height_;
-  Buffer<int64_t> map_width_, level_start_;
-  Buffer<Real> transform_, reference_, given_points_, given_weights_;
-  Buffer<int64_t> key_;
+  Buffer<Offset> map_width_, level_start_;
+  AxisTransform<Real> level_x_, level_y_, x_, y_;
+  Buffer<Real> reference_, given_points_, given_weights_;
+  Buffer<Offset> key_;
   Buffer<index_t<Real>> corners_;
-  Buffer<int64_t> value_offset_, grad_offset_;
+  Buffer<Offset> value_offset_, grad_offset_;
   Buffer<Real> fx_, fy_, attention_, corner_weight_;
   const Real* points_ = nullptr;   // of the current query and head: (padded, 2)
   const Real* weights_ = nullptr;  // likewise: (padded)

@@ -19,6 +19,13 @@
 #error "MSDA_CPU_CAPABILITY names the instruction set this file is compiled for"
 #endif
 
+// Before a loop whose arrays are to stay in registers: every turn spelled out.
+#if defined(__clang__)
+#define MSDA_UNROLL _Pragma("unroll")
+#else
+#define MSDA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 
@@ -85,10 +92,7 @@ inline Vec<Real> broadcast(Real x) {
   return x - Vec<Real>{};
 }
 
-// Lanes first..first + kLanes<int64_t> - 1 of a vector of integers, as 64-bit integers.
-inline Vec<int64_t> widen(IntVec<double> v, int) { return v; }
-
-inline Vec<int64_t> widen(IntVec<float> v, int first) {
+inline Vec<int64_t> widen_half(IntVec<float> v, int first) {
 #if defined(__AVX512F__)
   const __m512i all = (__m512i)v;
   return (Vec<int64_t>)_mm512_cvtepi32_epi64(first == 0 ? _mm512_castsi512_si256(all)
@@ -103,6 +107,16 @@ inline Vec<int64_t> widen(IntVec<float> v, int first) {
   store_as(lanes, v);
   return __builtin_convertvector(load_as<Part>(lanes + first), Vec<int64_t>);
 #endif
+}
+
+// Lanes first..first + kLanes<To> - 1 of a vector of integers, as integers of type To.
+template <class To, class V>
+inline Vec<To> widen(V v, int first) {
+  if constexpr (std::is_same_v<V, Vec<To>>) {
+    return v;
+  } else {
+    return widen_half(v, first);
+  }
 }
 
 template <class Real>
@@ -308,6 +322,28 @@ inline Vec<float> broadcast_lane([[maybe_unused]] Vec<float> v,
 #endif
 }
 
+// Lane i is table[index[i]]. The table holds `size` numbers and may be read up to a whole vector.
+inline Vec<float> take(const float* table, [[maybe_unused]] int64_t size, IntVec<float> index) {
+#if defined(__AVX512F__)
+  if (size <= kLanes<float>) {
+    return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, (__m512)load(table));
+  }
+#elif defined(__AVX2__)
+  if (size <= kLanes<float>) {
+    return (Vec<float>)_mm256_permutevar8x32_ps((__m256)load(table), (__m256i)index);
+  }
+#endif
+  Vec<float> v;
+  for (int i = 0; i < kLanes<float>; ++i) v[i] = table[index[i]];
+  return v;
+}
+
+inline Vec<double> take(const double* table, int64_t, IntVec<double> index) {
+  Vec<double> v;
+  for (int i = 0; i < kLanes<double>; ++i) v[i] = table[index[i]];
+  return v;
+}
+
 template <class V>
 inline auto sum_lanes(V v) {
   auto sum = v[0];
@@ -315,12 +351,19 @@ inline auto sum_lanes(V v) {
   return sum;
 }
 
-// The sums of the lanes of four vectors, side by side.
-inline VecN<double, 4> lane_sums(Vec<double> a, Vec<double> b, Vec<double> c, Vec<double> d) {
-  return VecN<double, 4>{sum_lanes(a), sum_lanes(b), sum_lanes(c), sum_lanes(d)};
+// Groups of four lanes in a vector, or one group where it is shorter.
+template <class Real>
+constexpr int kQuads = kLanes<Real> < 4 ? 1 : kLanes<Real> / 4;
+
+// The sums of the lanes of 4 * kQuads vectors, side by side: number 4 * i + c is that of v[i][c].
+// One vector, except where a vector has fewer than four lanes.
+inline void store_lane_sums(double* to, const Vec<double> (&v)[kQuads<double>][4], bool add) {
+  for (int i = 0; i < kQuads<double>; ++i) {
+    for (int c = 0; c < 4; ++c) to[4 * i + c] = sum_lanes(v[i][c]) + (add ? to[4 * i + c] : 0);
+  }
 }
 
-// Pattern of 4 lanes, repeated in every group of 4, where lanes of b count from n on.
+// Neighbouring lanes of a and of b added up, in turn: within groups of four lanes, of a, b, a, b.
 template <int... I>
 inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b, std::integer_sequence<int, I...>) {
   constexpr int n = sizeof...(I);
@@ -328,28 +371,28 @@ inline Vec<float> add_neighbours(Vec<float> a, Vec<float> b, std::integer_sequen
          __builtin_shufflevector(a, b, (I / 4 * 4 + I % 2 * 2 + 1 + I % 4 / 2 * n)...);
 }
 
-template <class V, int... I>
-inline auto add_halves(V v, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(v, v, I...) +
-         __builtin_shufflevector(v, v, (I + int(sizeof...(I)))...);
+// Neighbouring groups of four lanes added up: first those of a, then those of b.
+template <int... I>
+inline Vec<float> add_groups(Vec<float> a, Vec<float> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I / 4 * 8 + I % 4)...) +
+         __builtin_shufflevector(a, b, (I / 4 * 8 + I % 4 + 4)...);
 }
 
-// Adds up the groups of four lanes.
-template <class V>
-inline VecN<float, 4> sum_groups(V v) {
-  constexpr int lanes = sizeof(V) / sizeof(float);
-  if constexpr (lanes > 4) {
-    return sum_groups(add_halves(v, std::make_integer_sequence<int, lanes / 2>()));
-  } else {
-    return v;
-  }
-}
-
-inline VecN<float, 4> lane_sums(Vec<float> a, Vec<float> b, Vec<float> c, Vec<float> d) {
+inline void store_lane_sums(float* to, const Vec<float> (&v)[kQuads<float>][4], bool add) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes<float>>();
-  const Vec<float> ab = add_neighbours(a, b, lanes);
-  const Vec<float> cd = add_neighbours(c, d, lanes);
-  return sum_groups(add_neighbours(ab, cd, lanes));  // each group of 4: parts of a, b, c, d
+  Vec<float> sums[kQuads<float>];
+  // Each group of four lanes: parts of its four sums.
+  MSDA_UNROLL for (int i = 0; i < kQuads<float>; ++i) {
+    const Vec<float> pairs[] = {add_neighbours(v[i][0], v[i][1], lanes),
+                                add_neighbours(v[i][2], v[i][3], lanes)};
+    sums[i] = add_neighbours(pairs[0], pairs[1], lanes);
+  }
+  MSDA_UNROLL for (int n = kQuads<float>; n > 1; n /= 2) {
+    MSDA_UNROLL for (int i = 0; i < n / 2; ++i) {
+      sums[i] = add_groups(sums[2 * i], sums[2 * i + 1], lanes);
+    }
+  }
+  store(to, add ? sums[0] + load(to) : sums[0]);
 }
 
 // ---- exponential --------------------------------------------------------------------------------
