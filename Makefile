@@ -2,7 +2,7 @@
 #
 #   make demo        build, then run the main example on a real photograph
 #   make test        build, then run the whole test suite
-#   make bench       build, then measure against the grid_sample reference
+#   make bench       build, then measure against the grid_sample reference and other implementations
 #   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
 #   make lint        check format, style and types
 #   make machine-code  compile the CUDA kernels for sm_90 and hold the machine code against the budget
@@ -56,6 +56,7 @@ test: build/installed.stamp
 bench: build/installed.stamp
 	$(RUN) benchmarks/bench_operator.py
 	$(RUN) benchmarks/bench_fused.py
+	$(RUN) benchmarks/bench_peers.py
 
 gpu: $(REQUIREMENTS)
 	$(RUN) benchmarks/gpu.py all $(GPU_OPTIONS)

@@ -214,7 +214,13 @@ TEST_FILES = (
     "test_large.py",
 )
 # Of the harness, of the build, and of CUDA kernels that run on the CPU.
-OTHER_TEST_FILES = ("test_gpu_tools.py", "test_build.py", "test_machine_code.py", "test_cuda_*.py")
+OTHER_TEST_FILES = (
+    "test_gpu_tools.py",
+    "test_bench_peers.py",
+    "test_build.py",
+    "test_machine_code.py",
+    "test_cuda_*.py",
+)
 
 
 def test_files() -> list[Path]:

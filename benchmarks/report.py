@@ -74,6 +74,47 @@ def fused_table() -> str:
     return "\n\n".join(parts)
 
 
+NO_PEER_FIGURE = (
+    "No figure of these exists yet: `python benchmarks/bench_peers.py --output "
+    "benchmarks/results/<machine>/peers.json` measures those that are installed."
+)
+
+
+def peers_table() -> str:
+    """Every committed peers.json, one table per machine; or that there is none yet."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/peers.json")):
+        results = json.loads(path.read_text())
+        names = list(results["rivals"])
+        headings = ["workload", "direction", "threads", "msda, ms", *names]
+        lines = [
+            cpu_heading(path, results),
+            "",
+            f"| {' | '.join(headings)} |",
+            "|---" * len(headings) + "|",
+        ]
+        for row in results["rows"]:
+            cells = [row["workload"], row["direction"], str(row["threads"])]
+            cells.append(f"{row['rivals']['msda']['ms']:.2f}")
+            cells += [_peer_cell(row["rivals"].get(name)) for name in names]
+            lines.append(f"| {' | '.join(cells)} |")
+        described = []
+        for name, rival in results["rivals"].items():
+            versions = ", ".join(f"{what} {number}" for what, number in rival["versions"].items())
+            described.append(f"{name}: {rival['about']} ({versions}).")
+        described += [f"{name}: missing ({why})." for name, why in results["missing"].items()]
+        lines += ["", f"Milliseconds and, in brackets, times ours. {' '.join(described)}"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NO_PEER_FIGURE
+
+
+def _peer_cell(rival: dict | None) -> str:
+    """A peer's time and ratio; a dash where it has no such direction."""
+    if rival is None:
+        return "-"
+    return f"{rival['ms']:.1f} (**{rival['ratio']:.1f}x**)" if "ms" in rival else "refused"
+
+
 NO_GPU_FIGURE = (
     "No GPU figure exists yet: `make gpu` on a machine with a CUDA device measures them "
     "and writes the files that this block is made from."
@@ -168,7 +209,12 @@ def gpu_checks(folder: Path) -> list[str]:
     return [" ".join(sentences)] if sentences else []
 
 
-TABLES = {"operator": operator_table, "fused": fused_table, "gpu": gpu_table}
+TABLES = {
+    "operator": operator_table,
+    "peers": peers_table,
+    "fused": fused_table,
+    "gpu": gpu_table,
+}
 
 
 def main() -> int:
