@@ -79,7 +79,42 @@ def ms_deform_attn_fused_reference(
     """Compute :func:`msda.ms_deform_attn_fused` in plain PyTorch; same arguments, same result."""
     shapes = _as_pairs(spatial_shapes)
     points = _points_per_level(shapes, sampling_offsets, num_points)
-    acc_dtype = torch.promote_types(value.dtype, torch.float32)
+    locations, weights = locations_and_weights(
+        shapes,
+        points,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        torch.promote_types(value.dtype, torch.float32),
+    )
+    if padding_mask is not None:
+        value = value.masked_fill(padding_mask[..., None, None], 0)
+    return ms_deform_attn_reference(
+        value, shapes, level_start_index, locations, weights, num_points=points
+    )
+
+
+def locations_and_weights(
+    shapes: Sequence[tuple[int, int]],
+    points: Sequence[int],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    acc_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Compute where the fused operator samples and with what weights, in ``acc_dtype``.
+
+    Args:
+        shapes: (height, width) of each level.
+        points: samples of each level; K is their sum.
+        reference_points: as in :func:`msda.ms_deform_attn_fused`; so are the next two.
+        sampling_offsets: (B, Q, M, L, P, 2) or (B, Q, M, K, 2).
+        attention_logits: (B, Q, M, L, P) or (B, Q, M, K).
+        acc_dtype: float32, or float64 for float64 values.
+
+    Returns:
+        Locations (B, Q, M, K, 2), and weights (B, Q, M, K) after the softmax over K.
+    """
     offsets = sampling_offsets.to(acc_dtype).flatten(3, -2)  # (B, Q, M, K, 2)
 
     # Per sample: the reference of its level, and what one unit of its offset is worth.
@@ -94,14 +129,8 @@ def ms_deform_attn_fused_reference(
     else:
         sizes = [[shapes[level][1], shapes[level][0]] for level in levels]
         unit = 1 / offsets.new_tensor(sizes).view(-1, 2)
-    locations = reference[..., :2] + offsets * unit
     weights = attention_logits.to(acc_dtype).flatten(3).softmax(-1)
-
-    if padding_mask is not None:
-        value = value.masked_fill(padding_mask[..., None, None], 0)
-    return ms_deform_attn_reference(
-        value, shapes, level_start_index, locations, weights, num_points=points
-    )
+    return reference[..., :2] + offsets * unit, weights
 
 
 def _as_pairs(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
