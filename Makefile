@@ -1,6 +1,7 @@
 # The commands of the README. Each works alone, from a fresh clone.
 #
-#   make demo        build, then run the main example on a real photograph
+#   make demo        build, then train the detector of examples/ on digits, evaluate it and draw its work
+#   make quickstart  build, then train one encoder layer on a real photograph
 #   make test        build, then run the whole test suite
 #   make bench       build, then measure against the grid_sample reference and other implementations
 #   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
@@ -16,6 +17,7 @@ PYTHON ?= python3
 VENV ?= .venv
 ABI_TORCH ?= torch==2.10.0 torch
 GPU_OPTIONS ?=
+BENCH ?= build/bench
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)
@@ -39,10 +41,13 @@ export MSDA_BUILD_DIR := build/cmake
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 FOR_ARCHITECTURES := TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
-.PHONY: demo test bench gpu lint machine-code abi clean
+.PHONY: demo quickstart test bench gpu lint machine-code abi clean
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
+	$(RUN) examples/deformable_detr/demo.py
+
+quickstart: build/installed.stamp
 	$(RUN) examples/quickstart.py
 
 test: build/installed.stamp
@@ -54,9 +59,11 @@ test: build/installed.stamp
 	  MSDA_CPU_CAPABILITY=$$capability $(RUN) -m pytest -q $(KERNEL_TESTS); done
 
 bench: build/installed.stamp
-	$(RUN) benchmarks/bench_operator.py
-	$(RUN) benchmarks/bench_fused.py
-	$(RUN) benchmarks/bench_peers.py
+	$(RUN) benchmarks/bench_operator.py --output $(BENCH)/operator.json
+	$(RUN) benchmarks/bench_capabilities.py --output $(BENCH)/capabilities.json
+	$(RUN) benchmarks/bench_fused.py --output $(BENCH)/fused.json
+	$(RUN) benchmarks/bench_peers.py --output $(BENCH)/peers.json
+	$(RUN) benchmarks/targets.py $(BENCH)
 
 gpu: $(REQUIREMENTS)
 	$(RUN) benchmarks/gpu.py all $(GPU_OPTIONS)

@@ -1,0 +1,105 @@
+"""The processes that train together: started by torchrun, or one alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def joined(device: str) -> Iterator[torch.device]:
+    """Join the other processes that torchrun started, if it did; give this one's device.
+
+    Args:
+        device: cpu, cuda, cuda:1 ...; empty: CUDA where there is a device.
+    """
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    together = "LOCAL_RANK" in os.environ
+    if chosen.type == "cuda":
+        if together:
+            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(chosen)
+    if together:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        if together:
+            dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process, 0 for the one that logs and saves."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def largest_of(numbers: list[int], device: torch.device) -> list[int]:
+    """For each number, the largest of all processes: they must stop, or save, at the same step."""
+    if not dist.is_initialized():
+        return numbers
+    largest = torch.tensor(numbers, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def gather(value: Any) -> list[Any]:
+    """The ``value`` of every process, in each of them."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+class StopSignals:
+    """Within it, Ctrl-C and SIGTERM only take note, so that the step ends and is saved.
+
+    A second one interrupts at once, as does the first where ``at_once`` is set.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.at_once = False
+
+    def __enter__(self) -> StopSignals:
+        self._before = {
+            number: signal.signal(number, self._receive)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        first, self.received = self.received is None, signal.Signals(number)
+        # torchrun passes on what its processes got from the terminal already: no second wish.
+        if self.at_once or (not first and count() == 1):
+            self.at_once = False
+            raise KeyboardInterrupt
+        if first and rank() == 0:
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nStopping after this step; once more to stop at once.\n")
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Keep Ctrl-C and the like, which go to the whole group, from a process that loads images.
+
+    Without this the step could not be finished: its images would be missing. What ends such a
+    process is the end of the one that trains.
+    """
+    if os.name == "posix":
+        os.setpgid(0, 0)

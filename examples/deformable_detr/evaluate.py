@@ -1,0 +1,125 @@
+"""Measure a detector's average precision on validation images, as COCO defines it.
+
+    python evaluate.py out/digits/best.pt
+    python evaluate.py r50_deformable_detr-checkpoint.pth --data-path /data/coco --json ap.json
+    torchrun --nproc-per-node 8 evaluate.py ...
+
+The data is that of the checkpoint's training unless an option says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from detector import processes
+from detector.checkpoints import load_model
+from detector.config import DataConfig
+from detector.data import CocoDetection, build_dataset
+from detector.data.loading import make_loader
+from detector.evaluation import evaluate, table
+from detector.model import DeformableDETR
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Evaluate as the command line says; return the exit status."""
+    options = parse_arguments(arguments)
+    logging.basicConfig(format="%(message)s")
+    with processes.joined(options.device) as device, logging_redirect_tqdm():
+        try:
+            if options.json and not options.json.parent.is_dir():
+                raise ValueError(f"json must be in a folder that exists, got {options.json}")
+            model, dataset = prepare(options)
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        loader = make_loader(
+            dataset,
+            options.batch_size,
+            num_workers=options.num_workers,
+            rank=processes.rank(),
+            world_size=processes.count(),
+            pin_memory=device.type == "cuda",
+        )
+        results = evaluate(model.to(device), loader, dataset, device, options.areas)
+        if processes.rank() == 0:
+            print(table(results))
+            if options.json:
+                origin = {"checkpoint": str(options.checkpoint), "data": str(dataset.coco_json)}
+                options.json.write_text(json.dumps(origin | results, indent=2) + "\n")
+    return 0
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("checkpoint", type=Path, help="of train.py, the original's .pth, or of transformers")
+    option("--dataset", help="coco, digits, shapes-easy, shapes-hard or shapes-gpu-hard")
+    option("--data-path", metavar="FOLDER", help="in COCO's layout; implies --dataset coco")
+    option("--cache-dir", metavar="FOLDER", help="where generated data is kept")
+    option("--short-side", type=int, metavar="PIXELS", help="to resize images to; 0: not at all")
+    option("--max-side", type=int, metavar="PIXELS", help="the longer side, at most")
+    option(
+        "--areas",
+        type=int,
+        nargs=2,
+        metavar="PIXELS",
+        help="sides of squares that part small, medium and large objects; "
+        "default: 32 96 (generated data: 12 24)",
+    )
+    option("--batch-size", type=int, default=4, metavar="N", help="default: %(default)s")
+    option("--num-workers", type=int, default=2, metavar="N", help="default: %(default)s")
+    option("--device", default="", help="default: cuda where there is one")
+    option("--json", type=Path, metavar="FILE", help="write the results to it")
+    options = parser.parse_args(arguments)
+    if options.areas and not 0 < options.areas[0] < options.areas[1]:
+        parser.error(f"--areas must be two growing lengths, got {options.areas}")
+    if options.batch_size < 1:
+        parser.error(f"--batch-size must be at least 1, got {options.batch_size}")
+    return options
+
+
+def prepare(options: argparse.Namespace) -> tuple[DeformableDETR, CocoDetection]:
+    """The model of the checkpoint, and the data to evaluate it on."""
+    model, checkpoint = load_model(options.checkpoint)
+    # Files that are not ours hold no names: their labels are COCO's category ids.
+    known = checkpoint.categories is not None and options.checkpoint.is_file()
+    names = zip(checkpoint.category_ids, checkpoint.categories, strict=True) if known else None
+    categories = dict(names) if names else None
+    dataset = build_dataset(_changed(checkpoint.config.data, options), "val", categories=categories)
+
+    if dataset.num_classes > model.config.num_classes:
+        raise ValueError(
+            f"{options.checkpoint} must know the {dataset.num_classes} classes of "
+            f"{dataset.coco_json}, got {model.config.num_classes}"
+        )
+    return model, dataset
+
+
+def _changed(data: DataConfig, options: argparse.Namespace) -> DataConfig:
+    """The settings of the checkpoint, but for what is given on the command line."""
+    changes: dict[str, Any] = {
+        name: getattr(options, name)
+        for name in ("dataset", "data_path", "cache_dir", "max_side")
+        if getattr(options, name) is not None
+    }
+    if options.data_path is not None:
+        changes.setdefault("dataset", "coco")
+    if options.short_side is not None:
+        changes["short_sides"] = (options.short_side,)
+    return dataclasses.replace(data, **changes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

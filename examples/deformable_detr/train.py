@@ -1,0 +1,133 @@
+"""Train Deformable DETR on COCO, on data in its layout, or on generated data.
+
+    python train.py --preset digits
+    python train.py --data-path /data/coco --backbone-weights resnet50-0676ba61.pth
+    torchrun --nproc-per-node 8 train.py --data-path /data/coco --batch-size 4 ...
+    python train.py --resume out/digits/last.pt
+
+``python train.py --help`` lists all settings, those of a preset with ``--preset NAME --help``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from detector import processes, saving
+from detector.checkpoints import load_into, read_checkpoint
+from detector.config import PRESETS, CommandLine, Config, parse_command_line
+from detector.data import DataError, build_datasets
+from detector.data.loading import make_loader
+from detector.evaluation import evaluate
+from detector.losses import NonFiniteLoss
+from detector.model import build_model
+from detector.training import Trainer
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as the command line says; return the exit status."""
+    command = parse_command_line(arguments)
+    logging.basicConfig(format="%(message)s")
+    with processes.joined(command.run.device) as device, logging_redirect_tqdm():
+        try:
+            trainer = prepare(command, device)
+        except (ValueError, OSError, ModuleNotFoundError, saving.CheckpointError) as error:
+            return _fail(error)
+        _say(trainer.describe())
+        last = trainer.folder / "last.pt"
+        try:
+            reason = trainer.fit()
+        except (saving.CheckpointError, NonFiniteLoss, DataError) as error:
+            return _fail(error)
+        except KeyboardInterrupt:
+            _say(f"\nStopped at once. The last state saved, if any, is {last}.")
+            return 128 + signal.SIGINT
+        if reason == "finished":
+            best = trainer.best
+            if best:
+                _say(
+                    f"Best: AP {best['AP']:.3f} after epoch {best['epoch']}; "
+                    f"weights in {trainer.folder}/best.pt"
+                )
+            return 0
+        _say(f"Stopped ({reason}) and saved. To go on: python {sys.argv[0]} --resume {last}")
+        return 0 if reason == "time" else 128 + signal.Signals[reason]
+
+
+def prepare(command: CommandLine, device: torch.device) -> Trainer:
+    """Make data, model and trainer; pick up the state of an interrupted run."""
+    run = command.run
+    checkpoint = saving.load(Path(run.resume)) if run.resume else None
+    config = Config.from_dict(checkpoint["config"]) if checkpoint else PRESETS[command.preset]
+    if run.weights:
+        weights = read_checkpoint(run.weights)
+        config = dataclasses.replace(config, model=weights.config.model)
+    config = config.replace(**command.changes)
+    folder = Path(
+        run.output or (Path(run.resume).parent if checkpoint else f"out/{command.preset}")
+    )
+    if not checkpoint and (folder / "last.pt").exists():
+        raise ValueError(
+            f"output must not hold another run, got {folder}: go on with that one by "
+            f"--resume {folder}/last.pt, or give another --output"
+        )
+
+    train_set, val_set = build_datasets(config.data, seed=config.train.seed)
+    config = config.replace(num_classes=train_set.num_classes)
+    shared = dict(
+        batch_size=config.train.batch_size,
+        num_workers=config.data.num_workers,
+        rank=processes.rank(),
+        world_size=processes.count(),
+        pin_memory=device.type == "cuda",
+    )
+    loader = make_loader(train_set, seed=config.train.seed, **shared)
+    val_loader = make_loader(val_set, **shared)
+
+    from_scratch = config.model.backbone == "tiny" or run.backbone_weights == "random"
+    if not (from_scratch or checkpoint or run.weights or run.backbone_weights):
+        raise ValueError(
+            f"backbone_weights must be given for {config.model.backbone}, whose batch norms are "
+            "frozen: a file with ImageNet weights, or 'random' if speed is all that matters"
+        )
+    torch.manual_seed(config.train.seed)
+    model = build_model(
+        config.model,
+        backbone_weights=None if from_scratch else run.backbone_weights or None,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+    if run.weights:
+        load_into(model, weights.state, run.reset_classes)
+    trainer = Trainer(
+        model,
+        loader,
+        lambda trained: evaluate(trained, val_loader, val_set, device),
+        config,
+        run,
+        folder,
+        device,
+    )
+    if checkpoint:
+        trainer.restore(checkpoint)
+    return trainer
+
+
+def _say(text: str) -> None:
+    if processes.rank() == 0:
+        print(text, file=sys.stderr)
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
