@@ -285,43 +285,67 @@ void backward_tasks(const Problem& problem, const BackwardInputs& inputs,
   for (int64_t head = first; head < last; ++head) backward.run(head / M, head % M);
 }
 
+// Heads are added up sample by sample first, whole vectors at a time, and levels at the end.
 template <class Real>
 void backward_reference_rows(const Problem& problem, const BackwardOutputs& outputs, int64_t first,
                              int64_t last) {
+  constexpr int kStep = kLanes<Real>;
   const int64_t M = problem.num_heads, K = problem.num_samples;
   const int64_t size = problem.reference_size, levels = problem.reference_levels;
+  const bool is_box = size == 4;
+  const ConstArray in_pixels{outputs.grad_points.data, outputs.grad_points.dtype};
   Samples<Real, int64_t> samples(problem, 0, problem.num_levels, true);
-  Buffer<Real> grad_points(2 * K), offsets(2 * K), grad_reference(levels * size);
+  const int64_t padded = round_up(2 * K, kStep);
+  Buffer<Real> grad_points(padded), offsets(padded), steps(padded);  // (K, 2) and more
+  Buffer<Real> sums(padded), sums_by_offset(padded);                 // over the heads
+  Buffer<Real> grad_reference(levels * size);
+  for (Buffer<Real>* buffer : {&grad_points, &offsets, &steps}) {
+    std::memset(buffer->get(), 0, padded * sizeof(Real));
+  }
   for (int64_t row = first; row < last; ++row) {
-    const int64_t b = row / problem.num_queries, q = row % problem.num_queries;
-    samples.set_query(b, q);
-    std::memset(grad_reference.get(), 0, levels * size * sizeof(Real));
-    for (int64_t m = 0; m < M; ++m) {
-      const int64_t first_sample = (row * M + m) * K;
-      read({outputs.grad_points.data, outputs.grad_points.dtype}, 2 * first_sample, 2 * K,
-           grad_points.get());
-      if (size == 4) read(problem.points, 2 * first_sample, 2 * K, offsets.get());
-      int64_t i = 0;
-      for (int64_t l = 0; l < problem.num_levels; ++l) {
-        const Level& level = problem.levels[l];
-        Real* const grad_point = grad_reference.get() + (levels == 1 ? 0 : l) * size;
-        for (int64_t p = 0; p < level.num_points; ++p, ++i) {
-          // A sample that does not count may have offsets or boxes that are NaN or Inf.
-          if (grad_points[2 * i] == 0 && grad_points[2 * i + 1] == 0) continue;
-          const Real grad_x = grad_points[2 * i] * samples.width()[i];
-          const Real grad_y = grad_points[2 * i + 1] * samples.height()[i];
-          grad_point[0] += grad_x;
-          grad_point[1] += grad_y;
-          if (size == 4) {
-            const Real half_over_points = Real(0.5) / Real(level.num_points);
-            grad_point[2] += grad_x * offsets[2 * i] * half_over_points;
-            grad_point[3] += grad_y * offsets[2 * i + 1] * half_over_points;
-          }
-          grad_points[2 * i] *= samples.x().step[i];
-          grad_points[2 * i + 1] *= samples.y().step[i];
-        }
+    if (is_box) {
+      samples.set_query(row / problem.num_queries, row % problem.num_queries);
+      for (int64_t i = 0; i < K; ++i) {
+        steps[2 * i] = samples.x().step[i];
+        steps[2 * i + 1] = samples.y().step[i];
       }
-      write(outputs.grad_points, 2 * first_sample, 2 * K, grad_points.get());
+    }
+    std::memset(sums.get(), 0, padded * sizeof(Real));
+    std::memset(sums_by_offset.get(), 0, padded * sizeof(Real));
+    for (int64_t m = 0; m < M; ++m) {
+      const int64_t first_number = 2 * (row * M + m) * K;
+      prefetch<false>(in_pixels, first_number + 2 * rows_ahead(problem) * K, 2 * K);
+      read(in_pixels, first_number, 2 * K, grad_points.get());
+      if (is_box) read(problem.points, first_number, 2 * K, offsets.get());
+      for (int64_t i = 0; i < padded; i += kStep) {
+        const Vec<Real> gradient = load(grad_points.get() + i);
+        store(sums.get() + i, load(sums.get() + i) + gradient);
+        if (!is_box) continue;
+        // A sample that does not count may have offsets or boxes that are NaN or Inf.
+        const IntVec<Real> counts = gradient != 0;
+        const Vec<Real> by_offset = gradient * load(offsets.get() + i);
+        store(sums_by_offset.get() + i,
+              load(sums_by_offset.get() + i) + (counts ? by_offset : Vec<Real>{}));
+        const Vec<Real> complete = gradient * load(steps.get() + i);
+        store(grad_points.get() + i, counts ? complete : Vec<Real>{});
+      }
+      // Offsets from points are in pixels already.
+      if (is_box) write(outputs.grad_points, first_number, 2 * K, grad_points.get());
+    }
+    std::memset(grad_reference.get(), 0, levels * size * sizeof(Real));
+    int64_t i = 0;
+    for (int64_t l = 0; l < problem.num_levels; ++l) {
+      const Level& level = problem.levels[l];
+      const Real width = Real(level.width), height = Real(level.height);
+      const Real half_over_points = Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
+      Real* const grad_point = grad_reference.get() + (levels == 1 ? 0 : l) * size;
+      for (int64_t p = 0; p < level.num_points; ++p, ++i) {
+        grad_point[0] += sums[2 * i] * width;
+        grad_point[1] += sums[2 * i + 1] * height;
+        if (!is_box) continue;
+        grad_point[2] += sums_by_offset[2 * i] * width * half_over_points;
+        grad_point[3] += sums_by_offset[2 * i + 1] * height * half_over_points;
+      }
     }
     write(outputs.grad_reference, row * levels * size, levels * size, grad_reference.get());
   }

@@ -312,7 +312,7 @@ PRESETS: dict[str, Config] = {
     "r50_deformable_detr_plus_iterative_bbox_refinement": _REFINE,
     "r50_deformable_detr_plus_plus_two_stage": _REFINE.replace(two_stage=True),
     # A 3 is no longer one in a mirror.
-    "digits": _SMALL.replace(dataset="digits", num_queries=30, horizontal_flip=0.0, epochs=6),
+    "digits": _SMALL.replace(dataset="digits", num_queries=30, horizontal_flip=0.0, epochs=8),
     "shapes-easy": _SMALL.replace(dataset="shapes-easy", num_queries=20, epochs=10),
     "shapes-hard": _SMALL.replace(dataset="shapes-hard", num_queries=40, epochs=20),
     "shapes-gpu-hard": _SMALL.replace(
