@@ -216,7 +216,7 @@ TEST_FILES = (
 # Of the harness, of the build, and of CUDA kernels that run on the CPU.
 OTHER_TEST_FILES = (
     "test_gpu_tools.py",
-    "test_bench_peers.py",
+    "test_bench_*.py",
     "test_build.py",
     "test_machine_code.py",
     "test_cuda_*.py",

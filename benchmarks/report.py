@@ -13,6 +13,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import targets
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -70,6 +72,24 @@ def fused_table() -> str:
         ]
         calls = ", ".join(f"{name} {us:.0f} us" for name, us in results["calls"].items())
         lines += ["", f"A call on one query there, one thread: {calls}."]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def targets_table() -> str:
+    """What was asked and what came, one table per machine, with the reasons for what was missed."""
+    parts = []
+    for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
+        found = list(targets.targets(folder))
+        if not found:
+            continue
+        lines = [f"`benchmarks/results/{folder.name}`:", "", "| target | asked | measured | |"]
+        lines += ["|---|---|---|---|"]
+        lines += [f"| {' | '.join(target.cells())} |" for target in found]
+        lines += [""] + [
+            f"- Missed: {'; '.join(names)}: {reason}."
+            for reason, names in targets.reasons(found).items()
+        ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -211,6 +231,7 @@ def gpu_checks(folder: Path) -> list[str]:
 
 TABLES = {
     "operator": operator_table,
+    "targets": targets_table,
     "peers": peers_table,
     "fused": fused_table,
     "gpu": gpu_table,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,11 +82,15 @@ def targets(folder: Path) -> Iterator[Target]:
     if fused := load(folder, "fused"):
         for row in fused["rows"]:
             if row["workload"] == "encoder" and row["direction"] == "both":
-                name = f"fused encoder, forward and backward, {row['threads']} threads"
+                name = f"fused encoder, forward and backward, {_threads(row)}"
                 yield Target(name, 1.3, row["ratio"], "x", FUSED)
         calls = fused["calls"]
         yield Target("call overhead, forward", 15, calls["operator, forward"], "us", CALL)
         yield Target("call overhead, backward", 40, calls["operator, backward"], "us", CALL)
+
+
+def _threads(row: dict) -> str:
+    return "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
 
 
 def operator_targets(rows: list[dict]) -> Iterator[Target]:
@@ -104,8 +108,7 @@ def operator_targets(rows: list[dict]) -> Iterator[Target]:
         if key not in asked:
             continue
         least, why = asked[key]
-        threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
-        yield Target(f"{key[0]}, {key[1]}, {threads}", least, row["ratio"], "x", why)
+        yield Target(f"{key[0]}, {key[1]}, {_threads(row)}", least, row["ratio"], "x", why)
         if key[0] == "encoder" and row["threads"] == 1:
             least = 1.2 if row["direction"] == "forward" else 1.0
             for dtype in ("bfloat16", "float16"):
@@ -128,6 +131,15 @@ def capability_targets(capabilities: dict) -> Iterator[Target]:
             yield Target(name, asked, share, "x", why)
 
 
+def reasons(found: Iterable[Target]) -> dict[str, list[str]]:
+    """Why targets were missed, each reason with the names of those."""
+    names: dict[str, list[str]] = {}
+    for target in found:
+        if not target.holds:
+            names.setdefault(target.if_missed, []).append(target.name)
+    return names
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="where the result files lie")
@@ -140,11 +152,7 @@ def main() -> int:
     print("\n" + table_line(("target", "asked", "measured", ""), widths))
     for target in found:
         print(table_line(target.cells(), widths))
-    reasons = {target.if_missed: [] for target in found if not target.holds}
-    for target in found:
-        if not target.holds:
-            reasons[target.if_missed].append(target.name)
-    for reason, names in reasons.items():
+    for reason, names in reasons(found).items():
         print(f"\nmissed: {'; '.join(names)}:\n  {reason}.")
     return 0
 
