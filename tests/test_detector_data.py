@@ -656,6 +656,8 @@ def test_a_missing_folder_or_file_is_named(folder, tmp_path_factory):
     nowhere = tmp_path_factory.mktemp("other")
     with pytest.raises(DataError, match=r"data_path must be a folder, got '.*/nothing'"):
         build_datasets(config_of(nowhere / "nothing"))
+    with pytest.raises(DataError, match=r"data_path must be given for the dataset coco, got ''"):
+        build_datasets(config_of(""))
     with pytest.raises(DataError, match=r"data_path must hold one of annotations/.*'.*other0'"):
         build_datasets(config_of(nowhere))
     (folder / "valid/_annotations.coco.json").unlink()

@@ -650,6 +650,23 @@ def test_two_processes_train_as_one_with_the_same_total_batch(shapes, tmp_path):
     assert not torch.equal(state["random"][0]["torch"], state["random"][1]["torch"])
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "gpu"])
+def test_a_device_that_is_not_there_is_refused_in_a_sentence(device):
+    with (
+        pytest.raises(SystemExit, match=rf"^error: device must .*, got '?{device}"),
+        processes.joined(device),
+    ):
+        pass
+
+
+def test_cuda_without_an_index_is_the_device_of_this_process(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with processes.joined("cuda") as device:
+        assert chosen == [device] == [torch.device("cuda", 0)]
+
+
 # ---- the command line ----------------------------------------------------------------------------
 
 SETTINGS = (

@@ -19,12 +19,13 @@ def joined(device: str) -> Iterator[torch.device]:
 
     Args:
         device: cpu, cuda, cuda:1 ...; empty: CUDA where there is a device.
+
+    Raises:
+        SystemExit: there is no such device here.
     """
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     together = "LOCAL_RANK" in os.environ
+    chosen = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
     if chosen.type == "cuda":
-        if together:
-            chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(chosen)
     if together:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
@@ -33,6 +34,23 @@ def joined(device: str) -> Iterator[torch.device]:
     finally:
         if together:
             dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    """The device that is asked for, CUDA devices with their index: this process's unless given."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise SystemExit(f"error: device must be cpu, cuda or cuda:INDEX, got {name!r}") from error
+    if device.type != "cuda":
+        return device
+    index = local_rank if device.index is None else device.index
+    if index >= torch.cuda.device_count():
+        raise SystemExit(
+            f"error: device must be one that torch sees ({torch.cuda.device_count()} of CUDA), "
+            f"got cuda:{index}"
+        )
+    return torch.device("cuda", index)
 
 
 def rank() -> int:

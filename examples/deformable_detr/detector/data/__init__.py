@@ -49,6 +49,8 @@ def build_dataset(
 
 def _folder(config: DataConfig) -> Path:
     if config.dataset == "coco":
+        if not config.data_path:
+            raise DataError("data_path must be given for the dataset coco, got ''")
         return Path(config.data_path)
     if config.dataset in shapes.PRESETS:
         return shapes.make_shapes(shapes.PRESETS[config.dataset], config.cache_dir)
