@@ -92,10 +92,7 @@ class StopSignals:
         self.at_once = False
 
     def __enter__(self) -> StopSignals:
-        self._before = {
-            number: signal.signal(number, self._receive)
-            for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        self._before = {number: signal.signal(number, self._receive) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -113,11 +110,35 @@ class StopSignals:
             os.write(2, b"\nStopping after this step; once more to stop at once.\n")
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """Within it, Ctrl-C and SIGTERM wait, here and in the processes that are started.
+
+    Those would otherwise be ended by one that comes before they leave the group.
+    """
+    if os.name != "posix":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_parent(worker: int) -> None:
     """Keep Ctrl-C and the like, which go to the whole group, from a process that loads images.
 
     Without this the step could not be finished: its images would be missing. What ends such a
     process is the end of the one that trains.
     """
-    if os.name == "posix":
-        os.setpgid(0, 0)
+    if os.name != "posix":
+        return
+    os.setpgid(0, 0)
+    if hasattr(signal, "sigtimedwait"):  # not on macOS
+        while signal.sigtimedwait(STOP_SIGNALS, 0):
+            pass  # what was held back
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -272,7 +272,8 @@ class Trainer:
         done = self.step - self.epoch * self.steps_per_epoch
         accumulate = self.config.train.accumulate
         start_epoch(self.loader, self.epoch, first_batch=done * accumulate)
-        batches = iter(self.loader)
+        with processes.signals_held_back():
+            batches = iter(self.loader)  # starts the processes that load
         meter = _Meter()
         for _ in range(done, self.steps_per_epoch):
             meter.add(self._train_step(itertools.islice(batches, accumulate)))
