@@ -26,8 +26,8 @@ FORWARD = (
     "copy of the head's pixels"
 )
 SMALL = (
-    "300 queries read 20 MB of pixels from all over the maps, at 20 to 30 GB/s, which is what one "
-    "core copies; backward fills and adds to 23 MB besides"
+    "300 queries read 20 MB of pixels from all over the maps, at 18 to 31 GB/s; backward fills and "
+    "adds to 23 MB besides"
 )
 SIXTEEN_BIT = (
     "with every sample on one pixel 16 bits take as long as 32: converting them costs what the "
