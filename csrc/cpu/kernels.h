@@ -7,9 +7,9 @@
 namespace msda {
 
 // Whether so many queries sample a head's pixels so often that it repays to copy the pixels next to
-// each other first. Measured: in an encoder, which samples each key 16 times, forward then takes two
-// thirds of the time; in a decoder, which samples one key in five, a copy of the sums made backward
-// half as slow again.
+// each other first. Measured: in an encoder, which samples each key 16 times, forward then takes
+// two thirds of the time; in a decoder, which samples one key in five, a copy of the sums made
+// backward half as slow again.
 inline bool is_dense(const Problem& problem, int64_t num_queries) {
   return num_queries * problem.num_samples >= 4 * problem.num_keys;
 }
