@@ -128,11 +128,11 @@ def records(folder, event):
 
 
 def assert_same_state(actual, expected):
-    """Equal to the last bit, whatever is nested in whatever."""
+    """Equal to the last bit, whatever is nested in whatever; but for how long it took."""
     assert type(actual) is type(expected)
     if isinstance(actual, dict):
         assert actual.keys() == expected.keys()
-        for key in actual:
+        for key in actual.keys() - {"seconds"}:
             assert_same_state(actual[key], expected[key])
     elif isinstance(actual, (list, tuple)):
         assert len(actual) == len(expected)
@@ -385,6 +385,22 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     state, losses = uninterrupted
     assert [record["loss"] for record in records(tmp_path, "train")] == losses
     assert_same_state(resumed.state(), state | {"config": resumed.config.to_dict()})
+
+
+def test_time_spent_in_steps_goes_on_counting_where_a_run_is_resumed(shapes, tmp_path):
+    trainer = make_trainer(shapes, tmp_path, epochs=2)
+    after_batches(trainer, 3, interrupt)
+    trainer.fit()
+    before = dict(trainer.seconds)
+    resumed = make_trainer(shapes, tmp_path, epochs=2)
+    resumed.restore(saving.load(tmp_path / "last.pt"))
+    assert resumed.seconds == before
+    resumed.fit()
+    names = ("training_seconds", "processor_seconds")
+    logged = [{name: one[name] for name in names} for one in records(tmp_path, "evaluation")]
+    assert len(logged) == 2 and logged[1] == resumed.seconds
+    for name in names:
+        assert 0 < before[name] < logged[0][name] < logged[1][name]
 
 
 def test_an_interrupted_evaluation_is_repeated(shapes, tmp_path):

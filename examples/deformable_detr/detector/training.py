@@ -131,6 +131,8 @@ class Trainer:
         self.step = 0  # steps of the optimiser so far
         self.epoch = 0  # epochs finished, evaluation included
         self.best: dict[str, float] = {}
+        # Spent in steps so far: by the clock, and by this process on the processor.
+        self.seconds = {"training_seconds": 0.0, "processor_seconds": 0.0}
         # Batches that fill no step are left out.
         self.steps_per_epoch = len(loader) // config.train.accumulate
         if self.steps_per_epoch == 0:
@@ -162,6 +164,7 @@ class Trainer:
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
+            "seconds": dict(self.seconds),
             "best": self.best,
         }
 
@@ -203,6 +206,7 @@ class Trainer:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.seconds = dict(state["seconds"])
         if len(state["random"]) == processes.count():  # else they all draw anew
             saving.restore_random_state(state["random"][processes.rank()])
 
@@ -276,7 +280,10 @@ class Trainer:
             batches = iter(self.loader)  # starts the processes that load
         meter = _Meter()
         for _ in range(done, self.steps_per_epoch):
+            started, busy = time.perf_counter(), time.process_time()
             meter.add(self._train_step(itertools.islice(batches, accumulate)))
+            self.seconds["training_seconds"] += time.perf_counter() - started
+            self.seconds["processor_seconds"] += time.process_time() - busy
             self._report(meter)
             reason = self._reason_to_stop()
             if reason:
@@ -366,7 +373,7 @@ class Trainer:
         if self.log is None:
             return
         epoch = self.epoch + 1
-        self.log.record("evaluation", self.step, epoch=epoch, **metrics)
+        self.log.record("evaluation", self.step, epoch=epoch, **self.seconds, **metrics)
         shares = [f"{name} {v:.3f}" for name, v in metrics.items() if isinstance(v, float)]
         tqdm.write(f"epoch {epoch}: {', '.join(shares)}", file=sys.stderr)
         # None: no object to be found.
