@@ -3,7 +3,9 @@
 #   make demo        build, then train the detector of examples/ on digits, evaluate it and draw its work
 #   make quickstart  build, then train one encoder layer on a real photograph
 #   make test        build, then run the whole test suite
-#   make bench       build, then measure against the grid_sample reference and other implementations
+#   make bench       build, then run every benchmark of the README, but for the next (an hour)
+#   make convergence build, then compare training with deformable and dense attention (an hour)
+#   make bench-check build, then hold speed against the committed ratios (two minutes)
 #   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
 #   make lint        check format, style and types
 #   make machine-code  compile the CUDA kernels for sm_90 and hold the machine code against the budget
@@ -41,7 +43,7 @@ export MSDA_BUILD_DIR := build/cmake
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 FOR_ARCHITECTURES := TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
-.PHONY: demo quickstart test bench gpu lint machine-code abi clean
+.PHONY: demo quickstart test bench convergence bench-check gpu lint machine-code abi clean
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
@@ -63,7 +65,19 @@ bench: build/installed.stamp
 	$(RUN) benchmarks/bench_capabilities.py --output $(BENCH)/capabilities.json
 	$(RUN) benchmarks/bench_fused.py --output $(BENCH)/fused.json
 	$(RUN) benchmarks/bench_peers.py --output $(BENCH)/peers.json
+	$(RUN) benchmarks/bench_scaling.py --output $(BENCH)/scaling.json
+	$(RUN) benchmarks/bench_detector.py --output $(BENCH)/detector.json
+	$(RUN) benchmarks/bench_paper.py --output $(BENCH)/paper.json
+	$(RUN) benchmarks/bench_transformers.py --output $(BENCH)/transformers.json
 	$(RUN) benchmarks/targets.py $(BENCH)
+	$(RUN) benchmarks/plots.py --results $(dir $(BENCH))
+
+convergence: build/installed.stamp
+	$(RUN) benchmarks/bench_convergence.py --runs $(BENCH)/convergence --output $(BENCH) $(CONVERGENCE)
+	$(RUN) benchmarks/plots.py --results $(dir $(BENCH))
+
+bench-check: build/installed.stamp
+	$(RUN) benchmarks/bench_check.py $(CHECK)
 
 gpu: $(REQUIREMENTS)
 	$(RUN) benchmarks/gpu.py all $(GPU_OPTIONS)

@@ -19,8 +19,8 @@ GRADIENTS = {
 POINTS = ("sampling_locations", "sampling_offsets")
 
 # Where a coordinate is rounded across the edge of a cell, the gradient of that location is the
-# other cell's: 9e-4 in all with plain float32 coordinates.
-POINTS_LIMIT = 2e-3
+# other cell's: 9e-4 in all with plain float32 coordinates, 3e-3 where one of only 125 000 does.
+POINTS_LIMIT = 5e-3
 
 # What is allowed to others, against the same float64 result. float32: coordinates of some hundred
 # pixels in plain float32 arithmetic. 16 bits: most round the coordinates too, on maps of 200 pixels
@@ -28,8 +28,18 @@ POINTS_LIMIT = 2e-3
 # this alone makes 0.03 to 0.08 and 0.3 to 0.9 of the output, and 0.3 and 1.1 of the gradients of
 # locations. What is still refused are zeros (1) and another's numbers (1.4); that a peer is called
 # rightly shows in float32.
-OTHERS_LIMITS = {torch.float32: 1e-4, torch.float16: 0.3, torch.bfloat16: 0.9}
-OTHERS_POINTS_LIMITS = {torch.float32: 2e-2, torch.float16: 0.6, torch.bfloat16: 1.8}
+OTHERS_LIMITS = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 0.3,
+    torch.bfloat16: 0.9,
+}
+OTHERS_POINTS_LIMITS = {
+    torch.float64: 1e-10,
+    torch.float32: 2e-2,
+    torch.float16: 0.6,
+    torch.bfloat16: 1.8,
+}
 
 
 def differentiated(inputs: AnyInputs) -> tuple[Tensor, ...]:
@@ -111,6 +121,16 @@ def results_of(
     output = core(inputs)
     gradients = torch.autograd.grad(output, differentiated(inputs), grad_output.to(output.dtype))
     return {"output": output.detach(), **dict(zip(GRADIENTS[type(inputs)], gradients, strict=True))}
+
+
+def assert_agree(
+    one: Callable[[AnyInputs], Tensor], other: Callable[[AnyInputs], Tensor], inputs: AnyInputs
+) -> None:
+    """Outputs and gradients of two functions against each other, within our own limits."""
+    grad_output = torch.randn(one(inputs).shape, generator=torch.Generator().manual_seed(1))
+    results = [results_of(function, inputs, grad_output) for function in (one, other)]
+    wrong = complaint(errors_of(*results), our_limit, inputs.value.dtype)
+    assert wrong is None, wrong
 
 
 def errors_of(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:

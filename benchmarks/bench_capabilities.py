@@ -9,33 +9,28 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
-from bench_operator import assert_equal, ours
+from accuracy import assert_agree
+from baselines import grid_sample_core, ours
 from measure import backward_of, cpu_machine, forward_of, median, seconds
 from records import table_line, write_json
+from roofline import load_rate, slots_per_sample
 from workloads import CPU_WORKLOADS
 
 import msda
 
 DIRECTIONS = {"forward": forward_of, "backward": backward_of}
-HERE = Path(__file__).resolve().parent
-
-# 64-byte loads and stores of one sample of 32 float32 channels: two for each corner's pixel, and a
-# slot each for its weight and its offset. Backward also reads and writes the gradient's pixel.
-SLOTS_PER_SAMPLE = {"forward": 4 * (2 + 2), "backward": 4 * (2 + 2 + 2 + 2)}
 
 
 def work(workload: str) -> None:
     """One instruction set's process: a line with a direction comes in, seconds go out."""
     torch.set_num_threads(1)
     inputs = CPU_WORKLOADS[workload].plain(torch.float32)
-    assert_equal(inputs)
+    assert_agree(ours, grid_sample_core, inputs)
     runs = {name: make(ours, inputs) for name, make in DIRECTIONS.items()}
     for run in runs.values():
         run()
@@ -71,24 +66,14 @@ class Worker:
         self.process.wait()
 
 
-def load_rate() -> float | None:
-    """64-byte loads per second of one core; None without a C++ compiler."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if compiler is None:
-        return None
-    with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder, "load_rate")
-        source = HERE / "load_rate.cpp"
-        command = [compiler, "-O3", "-march=native", str(source), "-o", str(program)]
-        subprocess.run(command, check=True)
-        return float(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
-
-
 def floors(rate: float, workload: str) -> dict[str, float]:
     """Milliseconds below which the load slots alone do not let each direction come."""
     inputs = CPU_WORKLOADS[workload].plain(torch.float32)
     samples = inputs.attention_weights.numel()
-    return {name: samples * slots / rate * 1e3 for name, slots in SLOTS_PER_SAMPLE.items()}
+    return {
+        name: samples * slots_per_sample(inputs, backward=name == "backward") / rate * 1e3
+        for name in DIRECTIONS
+    }
 
 
 def main() -> int:

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from baselines import after_prologue
+from accuracy import assert_agree
+from baselines import after_prologue, ours, ours_fused
 from measure import (
     CpuTimer,
     backward_of,
@@ -31,19 +32,9 @@ from torch import Tensor
 from workloads import CPU_WORKLOADS
 
 import msda
-from msda.testing import TOLERANCES, FusedInputs, Inputs, leaves, make_inputs, relative_error
+from msda.testing import FusedInputs, leaves, make_inputs
 
 WIDTHS = (-9, -10, 7, 13, 11, 8, 13, 11)
-
-
-def fused(inputs: FusedInputs) -> Tensor:
-    value, *others = inputs.tensors()
-    return msda.ms_deform_attn_fused(value, inputs.spatial_shapes, None, *others)
-
-
-def plain(inputs: Inputs) -> Tensor:
-    value, *others = inputs.tensors()
-    return msda.ms_deform_attn(value, inputs.spatial_shapes, None, *others)
 
 
 def both_of(core: Callable[[FusedInputs], Tensor], inputs: FusedInputs) -> Callable[[], object]:
@@ -56,14 +47,7 @@ def both_of(core: Callable[[FusedInputs], Tensor], inputs: FusedInputs) -> Calla
 MAKERS = {"forward": forward_of, "backward": backward_of, "both": both_of}
 
 
-def assert_equal(inputs: FusedInputs) -> None:
-    """Outputs and gradients of both sides; PyTorch rounds its locations to float32."""
-    unfused = after_prologue(plain)
-    assert relative_error(fused(inputs), unfused(inputs)) < 5 * TOLERANCES[torch.float32]
-    pairs = zip(backward_of(fused, inputs)(), backward_of(unfused, inputs)(), strict=True)
-    for actual, expected in pairs:
-        # Where that moves a sample across a cell edge, its gradient is the other cell's.
-        assert relative_error(actual, expected) < 2e-3
+unfused = after_prologue(ours)
 
 
 def measure(name: str, direction: str, threads: int, budget: float) -> dict[str, object]:
@@ -71,7 +55,7 @@ def measure(name: str, direction: str, threads: int, budget: float) -> dict[str,
     torch.set_num_threads(threads)
     inputs = CPU_WORKLOADS[name].fused(torch.float32)
     make = MAKERS[direction]
-    runs = {"fused": make(fused, inputs), "unfused": make(after_prologue(plain), inputs)}
+    runs = {"fused": make(ours_fused, inputs), "unfused": make(unfused, inputs)}
     times = take_turns(CpuTimer(), runs, cold=False, budget=budget, least=9)
     medians = {side: median(samples) for side, samples in times.items()}
     return {
@@ -91,13 +75,13 @@ def measure_calls() -> dict[str, float]:
     torch.set_num_threads(1)
     inputs = make_inputs([(3, 4)], num_queries=1, num_heads=1, head_dim=4, num_points=1)
     tracked = leaves(inputs)
-    output = plain(tracked)
+    output = ours(tracked)
     grad_output = torch.ones_like(output)
     module = msda.MSDeformAttn(16, 1, 4, 1)
     query, reference, features = torch.rand(1, 1, 16), torch.rand(1, 1, 1, 2), torch.rand(1, 12, 16)
     runs = {
-        "operator, forward": forward_of(plain, inputs),
-        "operator, forward with a graph": lambda: plain(tracked),
+        "operator, forward": forward_of(ours, inputs),
+        "operator, forward with a graph": lambda: ours(tracked),
         "operator, backward": lambda: torch.autograd.grad(
             output, tracked.tensors(), grad_output, retain_graph=True
         ),
@@ -138,7 +122,8 @@ def main() -> int:
     below = ("workload", "direction", "threads", "ms", "ms", "ratio", "unfused", "fused")
     print(table_line(below, WIDTHS))
     for name in CPU_WORKLOADS:
-        assert_equal(CPU_WORKLOADS[name].fused(torch.float32))
+        # PyTorch rounds its locations to float32.
+        assert_agree(ours_fused, unfused, CPU_WORKLOADS[name].fused(torch.float32))
         for threads in sorted({1, os.cpu_count() or 1}):
             for direction in MAKERS:
                 rows.append(measure(name, direction, threads, options.seconds))

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from accuracy import complaint, errors_of, exact_results, others_limit, our_limit, results_of
-from baselines import after_prologue, grid_sample_core, prologue
+from baselines import after_prologue, grid_sample_core, ours, ours_fused, prologue
 from measure import (
     Timer,
     backward_of,
@@ -52,20 +52,10 @@ TINY_CALL = 0.2e-3  # seconds of GPU work below which the host's share is measur
 COPIED_BYTES = 2**30  # to measure DRAM bandwidth where micro.cu did not
 
 
-def ours_plain(inputs: Inputs) -> Tensor:
-    value, locations, weights = inputs.tensors()
-    return msda.ms_deform_attn(value, inputs.spatial_shapes, None, locations, weights)
-
-
-def ours_fused(inputs: FusedInputs) -> Tensor:
-    value, *others = inputs.tensors()
-    return msda.ms_deform_attn_fused(value, inputs.spatial_shapes, None, *others)
-
-
-OURS = Peer("msda", "ours", ours_plain, ours_fused)
+OURS = Peer("msda", "ours", ours, ours_fused)
 BASELINES = (
     Peer("grid_sample", "PyTorch", grid_sample_core, after_prologue(grid_sample_core)),
-    Peer("msda unfused", "ours", None, after_prologue(ours_plain)),
+    Peer("msda unfused", "ours", None, after_prologue(ours)),
 )
 
 

@@ -1,17 +1,19 @@
 """Time the operator against other ways to run it on a CPU: a part of ``make bench``.
 
-The rivals are the bare grid_sample core, the core of the transformers library, the grid_sample core
-compiled by ``torch.compile``, and the same exported to ONNX and run by ONNX Runtime, which has no
-backward. One that is not installed or does not work here is listed with the reason; one whose
-results differ from ours by more than ``accuracy.others_limit`` is listed and not timed. The others
-are timed in turn in one process; compiling and exporting is not part of any time. Reported are
-medians and their ratios to ours. Prints a table, and with ``--output FILE`` writes it as JSON for
+The rivals are the bare grid_sample core; the same compiled by ``torch.compile``, and exported to
+ONNX and run by ONNX Runtime, which has no backward; the core of the transformers library; and every
+implementation that peers.py knows or that ``--peer`` names, as far as it runs on a CPU. One that is
+not installed or does not work here is listed with the reason; one whose results differ from ours by
+more than ``accuracy.others_limit`` is listed and not timed. The others are timed in turn in one
+process; compiling and exporting is not part of any time. Reported are medians and their ratios to
+ours. Prints a table, and with ``--output FILE`` writes it as JSON for
 report.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import io
 import os
@@ -24,22 +26,20 @@ from typing import Any
 
 import torch
 from accuracy import GRADIENTS, complaint, errors_of, others_limit
-from baselines import grid_sample_core
+from baselines import GridSampleCore, compiled, compiled_core, grid_sample_core, ours
 from measure import (
-    CpuTimer,
     Run,
+    SettledTimer,
     backward_of,
     cpu_machine,
     forward_of,
     median,
     quartiles,
-    seconds,
     take_turns,
 )
-from peers import KNOWN, PeerError, find, load
+from peers import KNOWN, PeerError, find, is_file, load, split_label
 from records import table_line, write_json
-from torch import Tensor, nn
-from torch._functorch import config as functorch
+from torch import Tensor
 from workloads import CPU_WORKLOADS
 
 import msda
@@ -49,27 +49,9 @@ Core = Callable[[Inputs], Tensor]
 Make = Callable[[Inputs, int], Core]  # for inputs of these sizes and this number of threads
 
 OPSET = 20  # the newest of the exporter that needs no onnxscript; GridSample exists since 16
-SHORT = 0.1  # seconds; what the threads of one rival leave to the next is over long before
-
-
-def ours(inputs: Inputs) -> Tensor:
-    value, locations, weights = inputs.tensors()
-    return msda.ms_deform_attn(value, inputs.spatial_shapes, None, locations, weights)
 
 
 # ---- rivals --------------------------------------------------------------------------------------
-
-
-class GridSampleCore(nn.Module):
-    """The baseline as a module of tensors alone: what compilers and exporters take."""
-
-    def __init__(self, spatial_shapes: list[tuple[int, int]]) -> None:
-        super().__init__()
-        self.spatial_shapes = spatial_shapes
-
-    def forward(self, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        """(B, Q, M * D)."""
-        return grid_sample_core(Inputs(value, self.spatial_shapes, locations, weights))
 
 
 def find_grid_sample() -> Make:
@@ -77,37 +59,23 @@ def find_grid_sample() -> Make:
     return lambda inputs, threads: grid_sample_core
 
 
-def find_transformers() -> Make:
-    """The core of transformers' Deformable DETR, tried on a small problem first."""
-    core = find("transformers", KNOWN["transformers"], "cpu").plain
+def find_peer(label: str, what: str) -> Make:
+    """Another implementation, tried on a small problem first: see peers.py."""
+    core = find(label, what, "cpu").plain
     if core is None:
         raise PeerError("it takes no locations and weights")
     return lambda inputs, threads: core
 
 
-def compiled(function: Callable[..., Tensor], threads: int) -> Callable[..., Tensor]:
-    """A function under torch.compile, for fixed sizes and so many threads."""
-    # The number of threads becomes a part of the code, and this option one of its key in the cache.
-    options = {"cpp.threads": threads}
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
-
-
 def find_compiled() -> Make:
     """The core under torch.compile, whose default backend needs a C++ compiler."""
-    # Backward is timed again and again on one graph, whose tensors it must therefore not overwrite.
-    functorch.donated_buffer = False
     try:
         compiled(torch.sin, 1)(torch.ones(8))
     except Exception as error:  # whatever a compiler's absence raises
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise PeerError(f"compiling failed: {reason}") from error
 
-    def make(inputs: Inputs, threads: int) -> Core:
-        torch.compiler.reset()  # else each size and number of threads counts as a recompilation
-        core = compiled(GridSampleCore(inputs.spatial_shapes), threads)
-        return lambda inputs: core(*inputs.tensors())
-
-    return make
+    return lambda inputs, threads: compiled_core(inputs.spatial_shapes, threads)
 
 
 def find_onnx_runtime() -> Make:
@@ -160,13 +128,14 @@ class Rival:
     has_backward: bool = True
 
 
+def peer_rival(label: str, what: str, about: str = "") -> Rival:
+    """An implementation that is named by what can be imported, or by a file."""
+    packages = ("torch",) if is_file(what) else (what.split(".")[0], "torch")
+    return Rival(about or what, functools.partial(find_peer, label, what), packages)
+
+
 RIVALS = {
     "grid_sample": Rival("the core that libraries run on a CPU", find_grid_sample),
-    "transformers": Rival(
-        "MultiScaleDeformableAttention of its Deformable DETR",
-        find_transformers,
-        ("transformers", "torch"),
-    ),
     "torch.compile": Rival("the grid_sample core under inductor, fixed sizes", find_compiled),
     "ONNX Runtime": Rival(
         f"the grid_sample core exported by torch.onnx.export(dynamo=False), opset {OPSET}",
@@ -174,47 +143,45 @@ RIVALS = {
         ("onnxruntime", "onnx", "torch"),
         has_backward=False,
     ),
+    "transformers": peer_rival(
+        "transformers",
+        KNOWN["transformers"],
+        "MultiScaleDeformableAttention of its Deformable DETR",
+    ),
+    **{label: peer_rival(label, what) for label, what in KNOWN.items() if label != "transformers"},
 }
 
 
-def find_rivals(wanted: list[str]) -> tuple[dict[str, Make], dict[str, str]]:
+def rivals_named(wanted: list[str] | None) -> dict[str, Rival]:
+    """Those asked for by a name of ``RIVALS``, or as ``LABEL=WHAT`` or ``WHAT``; None: all."""
+    if wanted is None:
+        return RIVALS
+    named = {}
+    for one in wanted:
+        label, what = (one, one) if one in RIVALS else split_label(one)
+        named[label] = RIVALS[one] if one in RIVALS else peer_rival(label, what)
+    return named
+
+
+def find_rivals(wanted: Mapping[str, Rival]) -> tuple[dict[str, Make], dict[str, str]]:
     """How to make each rival that works here; and the reason for each other one."""
     found, missing = {}, {}
-    for name in wanted:
+    for name, rival in wanted.items():
         try:
-            found[name] = RIVALS[name].find()
+            found[name] = rival.find()
         except PeerError as error:
             missing[name] = str(error)
     return found, missing
 
 
-def described(name: str) -> dict[str, Any]:
+def described(rival: Rival) -> dict[str, Any]:
     """What a rival is, and the versions of what it is made of."""
-    rival = RIVALS[name]
-    versions = {package: importlib.import_module(package).__version__ for package in rival.packages}
+    modules = {package: importlib.import_module(package) for package in rival.packages}
+    versions = {name: getattr(module, "__version__", "?") for name, module in modules.items()}
     return {"about": rival.about, "versions": versions}
 
 
 # ---- one row -------------------------------------------------------------------------------------
-
-
-class SettledTimer(CpuTimer):
-    """Times a short call after one that is not timed.
-
-    Each rival has threads of its own. Those of the last one may still be waiting busily for more,
-    and the caches hold its memory.
-    """
-
-    def lead(self, run: Run) -> float:
-        """How long the call takes, by which it counts as short; see :class:`measure.Timer`."""
-        run()
-        return seconds(run)
-
-    def __call__(self, run: Run, *, cold: bool = False, lead: float = 0.0) -> float:
-        """See :class:`measure.Timer`."""
-        if lead < SHORT:
-            run()
-        return seconds(run)
 
 
 def in_a_line(error: Exception) -> str:
@@ -263,7 +230,13 @@ def measure_row(
     return {"direction": direction, "dtype": "float32", "rivals": results}
 
 
-def rows_of(name: str, threads: int, makes: Mapping[str, Make], budget: float) -> list[dict]:
+def rows_of(
+    name: str,
+    threads: int,
+    makes: Mapping[str, Make],
+    rivals: Mapping[str, Rival],
+    budget: float,
+) -> list[dict]:
     """Both rows of one workload and number of threads; each rival is made once for both."""
     torch.set_num_threads(threads)
     inputs = CPU_WORKLOADS[name].plain(torch.float32)
@@ -276,7 +249,7 @@ def rows_of(name: str, threads: int, makes: Mapping[str, Make], budget: float) -
             broken[rival] = in_a_line(error)
     rows = []
     for direction in ("forward", "backward"):
-        able = [rival for rival in makes if direction == "forward" or RIVALS[rival].has_backward]
+        able = [rival for rival in makes if direction == "forward" or rivals[rival].has_backward]
         taking_part = {rival: cores[rival] for rival in able if rival in cores}
         row = {"workload": name, "threads": threads}
         row |= measure_row(inputs, direction, taking_part, budget)
@@ -330,7 +303,12 @@ def print_ending(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     """Measure everything asked for; 1 where the grid_sample core and ours disagree."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--peer", choices=RIVALS, action="append", help="default: all")
+    parser.add_argument(
+        "--peer",
+        action="append",
+        metavar="[LABEL=]WHAT",
+        help=f"{', '.join(RIVALS)}, a module's name, or a .py or .so file (default: all known)",
+    )
     parser.add_argument("--workload", choices=CPU_WORKLOADS, action="append", help="default: all")
     parser.add_argument("--threads", type=int, action="append", help="default: 1 and all cores")
     parser.add_argument("--seconds", type=float, default=20, help="for each line (default: 20)")
@@ -338,17 +316,18 @@ def main() -> int:
     options = parser.parse_args()
     assert msda.info()["backend"] == "native", msda.info()["backend_reason"]
 
-    makes, missing = find_rivals(options.peer or list(RIVALS))
+    rivals = rivals_named(options.peer)
+    makes, missing = find_rivals(rivals)
     results: dict[str, Any] = {
         "machine": cpu_machine(),
-        "rivals": {name: described(name) for name in makes},
+        "rivals": {name: described(rivals[name]) for name in makes},
         "missing": missing,
         "rows": [],
     }
     print_beginning(results)
     for name in options.workload or CPU_WORKLOADS:
         for threads in options.threads or sorted({1, os.cpu_count() or 1}):
-            for row in rows_of(name, threads, makes, options.seconds):
+            for row in rows_of(name, threads, makes, rivals, options.seconds):
                 results["rows"].append(row)
                 print_row(row, list(makes))
     print_ending(results["rows"])

@@ -30,26 +30,89 @@ def cpu_heading(path: Path, results: dict) -> str:
 
 
 def operator_table() -> str:
-    """Ratios of every committed operator.json, one table per machine."""
+    """Every committed operator.json: one table of all workloads, and one of all dtypes."""
     parts = []
     for path in sorted(RESULTS.glob("*/operator.json")):
         results = json.loads(path.read_text())
-        lines = [
-            cpu_heading(path, results),
-            "",
-            "| workload | direction | threads | grid_sample core, ms | msda, ms | ratio "
-            "| extra memory, MB: grid_sample / msda | bfloat16 vs float32 | float16 vs float32 |",
-            "|---|---|---|---|---|---|---|---|---|",
-        ]
-        lines += [
-            f"| {row['workload']} | {row['direction']} | {row['threads']} "
-            f"| {row['grid_sample_ms']:.1f} | {row['msda_ms']:.2f} | **{row['ratio']:.1f}x** "
-            f"| {row['grid_sample_extra_bytes'] / 1e6:.1f} / {row['msda_extra_bytes'] / 1e6:.1f} "
-            f"| {row['bfloat16_speedup']:.2f}x | {row['float16_speedup']:.2f}x |"
-            for row in results["rows"]
-        ]
-        parts.append("\n".join(lines))
+        parts += [cpu_heading(path, results), workload_rows(results), dtype_rows(results)]
     return "\n\n".join(parts)
+
+
+DIRECTIONS = ("forward", "backward", "fused forward", "fused backward")
+
+
+def workload_rows(results: dict) -> str:
+    """float32: one line per workload and number of threads, a column per direction."""
+    by_line: dict[tuple[str, int], dict[str, dict]] = {}
+    for row in results["rows"]:
+        if row["dtype"] == "float32":
+            by_line.setdefault((row["workload"], row["threads"]), {})[row["direction"]] = row
+    headings = ["workload", "threads", *DIRECTIONS, "share of the floor", "extra memory, MB"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for (workload, threads), by_direction in by_line.items():
+        rows = [by_direction.get(direction) for direction in DIRECTIONS]
+        cells = [workload, str(threads), *(_operator_cell(row) for row in rows)]
+        cells.append(_cell(row and f"{row['floor']['share']:.2f}" for row in rows[:2]))
+        cells.append(_cell(row and _extra_memory(row) for row in rows[:2]))
+        lines.append(f"| {' | '.join(cells)} |")
+    copied = results["rates"]["copy_bytes_per_second"]
+    copied_by = ", ".join(f"{rate / 1e9:.1f} GB/s ({threads})" for threads, rate in copied.items())
+    loads = results["rates"]["loads_per_second"]
+    floor = f"Memory is copied there at {copied_by}"
+    if loads:
+        floor += f", a core loads {loads / 1e9:.2f} billion vectors of 64 bytes per second"
+    lines += [
+        "",
+        "Milliseconds and the time of the grid_sample core over ours; where two are given, the "
+        f"second is of that core under torch.compile. {floor}: of forward and backward, the share "
+        "of the higher floor and the memory beyond the inputs, ours and the core's.",
+    ]
+    return "\n".join(lines)
+
+
+def _operator_cell(row: dict | None) -> str:
+    """Time and ratios of one direction; a dash where it was not measured."""
+    if row is None:
+        return "-"
+    ratios = [f"**{row['rivals']['grid_sample']['ratio']:.1f}x**"]
+    if "torch.compile" in row["rivals"]:
+        ratios.append(f"{row['rivals']['torch.compile']['ratio']:.1f}x")
+    return f"{row['ms']:.2f}, {' / '.join(ratios)}"
+
+
+def _extra_memory(row: dict) -> str:
+    core = row["rivals"]["grid_sample"]["extra_bytes"]
+    return f"{row['extra_bytes'] / 1e6:.1f} ({core / 1e6:.0f})"
+
+
+def dtype_rows(results: dict) -> str:
+    """The workloads that were measured in every dtype, on one thread: time, ratio, error."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in results["rows"]))
+    by_line: dict[tuple[str, str], dict[str, dict]] = {}
+    for row in results["rows"]:
+        if row["threads"] == 1:
+            by_line.setdefault((row["workload"], row["direction"]), {})[row["dtype"]] = row
+    headings = ["workload", "direction", *dtypes]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for (workload, direction), by_dtype in by_line.items():
+        cells = [workload, direction, *(_dtype_cell(by_dtype.get(dtype)) for dtype in dtypes)]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        "",
+        "One thread: milliseconds, the time of the grid_sample core over ours, and the largest "
+        "relative error against float64 (Euclidean norm, the largest of the gradients), ours and "
+        "the core's. 16 bits: the core computes in float32, as PyTorch's 16-bit grid_sample on a "
+        "CPU reads outside its input.",
+    ]
+    return "\n".join(lines)
+
+
+def _dtype_cell(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    core = row["rivals"]["grid_sample"]
+    ours, theirs = (max(one["errors"].values()) for one in (row, core))
+    return f"{row['ms']:.2f}, **{core['ratio']:.1f}x**, {ours:.0e} ({theirs:.0e})"
 
 
 def fused_table() -> str:
@@ -133,6 +196,55 @@ def _peer_cell(rival: dict | None) -> str:
     if rival is None:
         return "-"
     return f"{rival['ms']:.1f} (**{rival['ratio']:.1f}x**)" if "ms" in rival else "refused"
+
+
+def convergence_table() -> str:
+    """Every committed convergence.json: epochs and seconds to each AP, and the figure."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/convergence.json")):
+        results = json.loads(path.read_text())
+        machine, experiment = results["machine"], results["experiment"]
+        where = machine.get("device") or f"{machine['cpu']}, one thread a run"
+        headings = ["arm", "learning rate"]
+        headings += [f"AP {threshold:g}" for threshold in results["thresholds"]]
+        lines = [
+            f"{where}, torch {machine['torch']}, msda {machine['msda']} at {machine['commit']}, "
+            f"data set `{experiment['preset']}`, {results['total_seconds'] / 60:.0f} minutes of "
+            f"training in all (`{path.relative_to(ROOT)}`, curves in `convergence.csv` beside it):",
+            "",
+            f"| {' | '.join(headings)} |",
+            "|---" * len(headings) + "|",
+        ]
+        for name, arm in results["arms"].items():
+            cells = [name, f"{arm['lr']:g}"]
+            cells += [_reached(one, len(arm["runs"])) for one in arm["thresholds"].values()]
+            lines.append(f"| {' | '.join(cells)} |")
+        epochs = ", ".join(f"{kind} {number}" for kind, number in experiment["epochs"].items())
+        tuning = ", ".join(f"{kind} {n}" for kind, n in experiment["tuning_epochs"].items())
+        rates = " or ".join(next(iter(results["arms"].values()))["tuning"])
+        seconds = "processor" if results["seconds"] == "processor_seconds" else "GPU"
+        lines += [
+            "",
+            f"Epochs, and in brackets {seconds} seconds of training, until validation AP passes a "
+            f"threshold: the median of the seeds and, where they differ, least to most. Epochs "
+            f"trained: {epochs}. Each arm has the learning rate, of {rates}, with the highest AP "
+            f"after {tuning} epochs.",
+            "",
+            f"![AP over epochs and over seconds]({path.with_suffix('.png').relative_to(ROOT)})",
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _reached(entry: dict, seeds: int) -> str:
+    """Epochs and seconds to one threshold."""
+    if entry["epochs"] is None:
+        return f"{entry['reached']} of {seeds} seeds" if entry["reached"] else "not reached"
+    texts = []
+    for what, digits in (("epochs", 1), ("seconds", 0)):
+        middle, least, most = (f"{entry[what][key]:.{digits}f}" for key in ("median", "min", "max"))
+        texts.append(middle if least == most else f"{middle}, {least} to {most}")
+    return f"{texts[0]} ({texts[1]} s)"
 
 
 NO_GPU_FIGURE = (
@@ -227,6 +339,207 @@ def gpu_checks(folder: Path) -> list[str]:
             said.append(f"{tool} {seen['status']}{errors}")
         sentences.append(f"compute-sanitizer there, at {commit}: {'; '.join(said)}.")
     return [" ".join(sentences)] if sentences else []
+
+
+NO_SCALING_FIGURE = (
+    "No figure of these exists yet: `python benchmarks/bench_scaling.py --output "
+    "benchmarks/results/<machine>/scaling.json` measures them, `python benchmarks/plots.py` draws."
+)
+
+
+SCALING_SIDES = (64, 256, 512, 1024, 2048)  # pixels, of the many that are measured
+
+
+def scaling_table() -> str:
+    """Every committed scaling.json, one table and figure per machine; or that there is none yet."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/scaling.json")):
+        results = json.loads(path.read_text())
+        lines = [
+            scaling_heading(path, results),
+            "",
+            "| | direction | image | tokens | dense, ms | msda, ms | ratio "
+            "| extra memory, MB: dense / msda | GFLOP: dense / msda |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [_scaling_row(row) for row in results["rows"] if row["side"] in SCALING_SIDES]
+        lines += [
+            "",
+            "~: not measured, but computed by a law fitted to the measured points (dense: a S + "
+            f"b S², msda: a S). {_scaling_exponents(results['fits'])}MSDeformAttn is the faster "
+            f"one from here on: {_scaling_crossovers(results['crossovers'])}.",
+        ]
+        figure = path.with_suffix(".png")
+        if figure.exists():
+            text = "Time and memory of dense and deformable attention over the number of tokens"
+            lines += ["", f"![{text}]({figure.relative_to(ROOT)})"]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NO_SCALING_FIGURE
+
+
+def scaling_heading(path: Path, results: dict) -> str:
+    """What a scaling.json was measured on; some are of a GPU."""
+    machine = results["machine"]
+    where = machine.get("device") or f"{machine['cpu']}, threads: {results['threads']}"
+    return (
+        f"{where}, torch {machine['torch']}, msda {machine['msda']} at {machine['commit']}, "
+        f"{results['dtype']} (`{path.relative_to(ROOT)}`, which has more sizes):"
+    )
+
+
+def _scaling_row(row: dict) -> str:
+    both = [row["rivals"]["dense"], row["rivals"]["msda"]]
+    marks = ["" if rival["computed"] is None else "~" for rival in both]
+    marked = list(zip(marks, both, strict=True))
+    times = [f"{mark}{rival['ms']:.{3 if rival['ms'] < 1 else 1}f}" for mark, rival in marked]
+    memory = [f"{mark}{rival['extra_bytes'] / 1e6:.1f}" for mark, rival in marked]
+    flops = [f"{rival['flops'] / 1e9:.2f}" for rival in both]
+    direction = {"forward": "forward", "both": "forward + backward"}[row["direction"]]
+    cells = [row["thing"], direction, f"{row['side']} x {row['side']}", str(row["tokens"]), *times]
+    cells += [f"**{max(marks)}{row['ratio']:.1f}x**", " / ".join(memory), " / ".join(flops)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _scaling_exponents(fits: list[dict]) -> str:
+    """One sentence: by which power of S the times grow."""
+    found = []
+    for fit in fits:
+        if fit["quantity"] == "ms" and fit["half_exponent"] is not None:
+            found.append(
+                f"{fit['thing']}, {fit['direction']}, {fit['rival']} {fit['exponent']:.2f} "
+                f"({fit['half_exponent']:.2f})"
+            )
+    if not found:
+        return ""
+    return (
+        "Time grows with this power of S from 256 pixels on (over the larger half of the "
+        f"measured sizes): {'; '.join(found)}. "
+    )
+
+
+def _scaling_crossovers(crossovers: list[dict]) -> str:
+    return "; ".join(f"{one['thing']}, {one['direction']}: {one['where']}" for one in crossovers)
+
+
+NO_DETECTOR_FIGURE = (
+    "No figure of these exists yet: `python benchmarks/bench_detector.py --output "
+    "benchmarks/results/<machine>/detector.json` measures them."
+)
+
+
+def detector_table() -> str:
+    """Every committed detector.json: speed and memory, then the time of each part."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/detector.json")):
+        results = json.loads(path.read_text())
+        height, width = results["size"]
+        errors = ", ".join(f"{name} {error:.0e}" for name, error in results["errors"].items())
+        lines = [
+            f"{results['preset']}, batch {results['batch']}, {height} x {width}: "
+            f"{_detector_machine(path, results)}",
+            "",
+            "| direction | images/s: reference operator | msda | ratio "
+            "| extra memory, MB: reference operator / msda |",
+            "|---|---|---|---|---|",
+        ]
+        for row in results["rows"]:
+            speed, extra = row["images_per_second"], row["extra_bytes"]
+            lines.append(
+                f"| {DIRECTIONS[row['direction']]} | {speed['reference']:.3g} "
+                f"| {speed['msda']:.3g} | **{row['ratio']:.2f}x** "
+                f"| {extra['reference'] / 1e6:.0f} / {extra['msda'] / 1e6:.0f} |"
+            )
+        lines += [
+            "",
+            f"Medians of {results['rounds']} rounds in turns; relative errors of ours against the "
+            f"reference operator: {errors}. Where the time of one pass goes, by a profiler:",
+            "",
+            *_detector_parts(results["rows"]),
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NO_DETECTOR_FIGURE
+
+
+DIRECTIONS = {"forward": "forward", "both": "forward + backward"}
+
+
+def _detector_machine(path: Path, results: dict) -> str:
+    """What a run of the detector was measured on; some are of a GPU."""
+    machine = results["machine"]
+    cpu = f"{machine['cpu']}, {results['threads']} threads, {machine['cpu_capability']} kernels"
+    where = machine["device"] if results["device"] == "cuda" else cpu
+    dtype = "float32" if results.get("amp", "off") == "off" else f"autocast to {results['amp']}"
+    return (
+        f"{where}, torch {machine['torch']}, msda {machine['msda']} at {machine['commit']}, "
+        f"{dtype} (`{path.relative_to(ROOT)}`)."
+    )
+
+
+def _detector_parts(rows: list[dict]) -> list[str]:
+    """Seconds and shares, a column for each direction and side."""
+    columns = [(row, side) for row in rows for side in ("reference", "msda")]
+    titles = [f"{DIRECTIONS[row['direction']]}: {side}, s" for row, side in columns]
+    lines = [f"| part | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
+    for part in rows[0]["part_seconds"]["msda"]:
+        cells = [part]
+        for row, side in columns:
+            seconds = row["part_seconds"][side]
+            share = seconds[part] / sum(seconds.values())
+            cells.append(f"{seconds[part]:.3g} ({share:.0%})" if seconds[part] else "-")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+NO_PAPER_FIGURE = (
+    "No figure of these exists yet: `python benchmarks/bench_paper.py --output "
+    "benchmarks/results/<machine>/paper.json` counts and measures them."
+)
+
+
+def paper_table() -> str:
+    """Every committed paper.json: the published configurations, counted and timed by our code."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/paper.json")):
+        results = json.loads(path.read_text())
+        height, width = results["size"]
+        lines = [
+            f"One image of {height} x {width}; images/s: {_detector_machine(path, results)}",
+            "",
+            "| configuration | parameters, M: ours / published | multiply-adds, G: backbone "
+            "| encoder | decoder | rest | of these sampling | total: ours / published "
+            f"| as published at {height} x | images/s | published, V100 |",
+            "|---" * 11 + "|",
+        ]
+        for row in results["rows"]:
+            published, counted = row["published"], row["multiply_adds"]
+            cells = [
+                published["title"],
+                f"{row['parameters']['trained'] / 1e6:.1f} / {published['parameters_m']}",
+            ]
+            cells += [
+                f"{counted[part] / 1e9:.1f}" for part in ("backbone", "encoder", "decoder", "rest")
+            ]
+            cells += [
+                f"{counted['sampling'] / 1e9:.2f}",
+                f"**{counted['total'] / 1e9:.0f}** / {published['flops_g']}",
+                str(row["matching_width"]),
+                f"{row['images_per_second']:.3g}",
+                f"{published['v100_images_per_second']:g}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        widths = [row["matching_width"] for row in results["rows"]]
+        lines += [
+            "",
+            "Published: the table of the original code's README; the paper's Table 1 has the last "
+            "three, each with 40 M, 173 G and 19 images/s on a V100. Parameters are those that are "
+            "trained. We count convolutions and matrix products as PyTorch's `FlopCounterMode` "
+            "does, the sampling by the rule of `msda/flops.py`, and give multiply-adds; at 2 FLOPs "
+            "each the numbers would be twice as large. For which images the published FLOPs are "
+            "is not said there: our multiply-adds equal them for images of "
+            f"{height} x {min(widths)} to {height} x {max(widths)}, by configuration.",
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NO_PAPER_FIGURE
 
 
 TABLES = {

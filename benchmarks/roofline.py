@@ -1,15 +1,26 @@
-"""The least time that a call can take on a GPU: what no kernel can be faster than.
+"""The least time that a call can take: what no kernel can be faster than.
 
-DRAM floor: every row of ``value`` that is sampled, and every other input, is read once; every
-output is written once. L1 floor of a forward call: each corner of each sample that lies inside its
-map is D numbers out of the L1 cache, at 128 bytes per cycle and multiprocessor. The backward pass
-has no L1 floor: how often it must read a row depends on its algorithm.
+On a GPU. DRAM floor: every row of ``value`` that is sampled, and every other input, is read once;
+every output is written once. L1 floor of a forward call: each corner of each sample that lies
+inside its map is D numbers out of the L1 cache, at 128 bytes per cycle and multiprocessor. The
+backward pass has no L1 floor: how often it must read a row depends on its algorithm.
+
+On a CPU. Copy floor: the same bytes at the rate at which all threads together copy memory. Load
+floor: the loads and stores that the kernels' inner loop cannot do without, in vectors of 64 bytes,
+at the rate at which a core loads from its first-level cache.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import shutil
+import subprocess
+import tempfile
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -46,12 +57,14 @@ def count_reads(inputs: Inputs) -> Reads:
     """Count the rows that bilinear sampling reads, on the device of ``inputs``."""
     batch, num_keys, num_heads, _ = inputs.value.shape
     device = inputs.value.device
+    counts, points = inputs.num_points, inputs.sampling_locations
+    by_level = points.split(counts, 3) if counts else points.unbind(3)  # L of (B, Q, M, P, 2)
     touched = torch.zeros(batch, num_keys, num_heads, dtype=torch.bool, device=device)
     image = torch.arange(batch, device=device).view(-1, 1, 1, 1)
     head = torch.arange(num_heads, device=device).view(1, 1, -1, 1)
     corners, start = 0, 0
     for level, (height, width) in enumerate(inputs.spatial_shapes):
-        location = inputs.sampling_locations[:, :, :, level].double()  # (B, Q, M, P, 2)
+        location = by_level[level].double()
         x = location[..., 0] * width - 0.5
         y = location[..., 1] * height - 0.5
         for dx in (0, 1):
@@ -105,3 +118,67 @@ def floors(
         "l1_ms": l1_ms,
         "floor_ms": max(dram_ms, l1_ms),
     }
+
+
+# ---- on a CPU ------------------------------------------------------------------------------------
+
+VECTOR_BYTES = 64
+COPIED_BYTES = 2**28  # far more than caches hold
+
+
+@functools.cache
+def load_rate() -> float | None:
+    """64-byte loads per second of one core; None without a C++ compiler."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "load_rate")
+        source = Path(__file__).resolve().parent / "load_rate.cpp"
+        command = [compiler, "-O3", "-march=native", str(source), "-o", str(program)]
+        subprocess.run(command, check=True)
+        return float(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+
+
+@functools.cache
+def copy_rate(threads: int) -> float:
+    """Bytes read plus bytes written per second where so many threads copy memory: the best of 9."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    source = torch.ones(COPIED_BYTES // 4)
+    target = torch.zeros_like(source)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    torch.set_num_threads(before)
+    return 2 * COPIED_BYTES / min(times)
+
+
+def slots_per_sample(inputs: Inputs | FusedInputs, *, backward: bool) -> int:
+    """64-byte loads and stores of one sample.
+
+    For each of its four corners: the pixel, and a slot each for its weight and its offset. Backward
+    also reads and writes the pixel of the gradient, which is summed in float32 at least.
+    """
+    head_dim, size = inputs.value.shape[3], inputs.value.element_size()
+    pixel = -(-head_dim * size // VECTOR_BYTES)
+    gradient = -(-head_dim * max(size, 4) // VECTOR_BYTES)
+    return 4 * (pixel + 2 + (2 * gradient if backward else 0))
+
+
+def cpu_floors(
+    inputs: Inputs | FusedInputs, reads: Reads, threads: int, *, backward: bool
+) -> dict[str, float]:
+    """Bytes, and milliseconds of each floor and of the higher one."""
+    moved = (backward_bytes if backward else forward_bytes)(inputs, reads)
+    copy_ms = moved / copy_rate(threads) * 1e3
+    floors = {"bytes": moved, "copy_ms": copy_ms, "floor_ms": copy_ms}
+    rate = load_rate()
+    if rate:
+        samples = inputs.tensors()[-1].numel()
+        slots = slots_per_sample(inputs, backward=backward)
+        floors["load_ms"] = samples * slots / (rate * threads) * 1e3
+        floors["floor_ms"] = max(copy_ms, floors["load_ms"])
+    return floors

@@ -108,15 +108,15 @@ def operator_targets(rows: list[dict]) -> Iterator[Target]:
     }
     for row in rows:
         key = (row["workload"], row["direction"], row["threads"])
-        if key not in asked:
-            continue
-        least, why = asked[key]
-        yield Target(f"{key[0]}, {key[1]}, {_threads(row)}", least, row["ratio"], "x", why)
-        if key[0] == "encoder" and row["threads"] == 1:
+        if row["dtype"] == "float32" and key in asked:
+            least, why = asked[key]
+            ratio = row["rivals"]["grid_sample"]["ratio"]
+            yield Target(f"{key[0]}, {key[1]}, {_threads(row)}", least, ratio, "x", why)
+        if row["dtype"] in ("bfloat16", "float16") and key in asked and key[0] == "encoder":
             least = 1.2 if row["direction"] == "forward" else 1.0
-            for dtype in ("bfloat16", "float16"):
-                name = f"encoder, {row['direction']}, {dtype} against float32"
-                yield Target(name, least, row[f"{dtype}_speedup"], "x", SIXTEEN_BIT)
+            name = f"encoder, {row['direction']}, {row['dtype']} against float32"
+            ratio = row["rivals"]["float32"]["ratio"]
+            yield Target(name, least, ratio, "x", SIXTEEN_BIT)
 
 
 def capability_targets(capabilities: dict) -> Iterator[Target]:

@@ -100,6 +100,41 @@ def pixel_centres(shapes: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(centres)
 
 
+# Where queries sample, by name: see make_inputs.
+LOCATIONS = ("uniform", "local", "initial", "clustered")
+
+
+def _local_locations(
+    shapes: Sequence[tuple[int, int]], counts: Sequence[int], offsets: Tensor
+) -> Tensor:
+    """Each query's own pixel plus offsets (B, S, M, K, 2) in pixels of each point's level."""
+    pixels = torch.tensor(
+        [(w, h) for (h, w), count in zip(shapes, counts, strict=True) for _ in range(count)]
+    )
+    return pixel_centres(shapes)[None, :, None, None] + offsets / pixels
+
+
+def _initial_offsets(counts: Sequence[int], num_heads: int) -> Tensor:
+    """Offsets of an untrained module, (M, K, 2): a direction per head, 1, 2, ... pixels long."""
+    angle = torch.arange(num_heads) * (2 * math.pi / num_heads)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    length = torch.cat([torch.arange(count) + 1.0 for count in counts])
+    return direction[:, None] * length[:, None]
+
+
+def _clustered_locations(near: Tensor, size: tuple[int, ...], random: torch.Generator) -> Tensor:
+    """Locations (B, Q, M, K, 2) on 24 objects: each query's points on the one next to ``near``.
+
+    Centres are uniform over the map, sides from a twentieth to two fifths of it.
+    """
+    centres = torch.rand(24, 2, generator=random)
+    sides = 0.05 * 8 ** torch.rand(24, 2, generator=random)
+    chosen = torch.cdist(near, centres).argmin(-1)  # (B or 1, Q)
+    spread = torch.randn(*size, 2, generator=random) / 4
+    return centres[chosen][:, :, None, None] + spread * sides[chosen][:, :, None, None]
+
+
 def make_inputs(
     spatial_shapes: Sequence[tuple[int, int]],
     *,
@@ -122,8 +157,12 @@ def make_inputs(
         dtype: of value.
         point_dtype: of locations and weights; None: float32, or float64 for float64 values.
         locations: "uniform": over the map and 5 % beyond each edge; "local": the query's own pixel
-            (needs ``num_queries=None``) plus normal offsets of 2.5 pixels on each level.
+            plus normal offsets of 2.5 pixels on each level; "initial": the same with the offsets
+            of an untrained module and normal noise of half a pixel (both need
+            ``num_queries=None``); "clustered": as trained models do, most queries on few objects.
     """
+    if locations not in LOCATIONS:
+        raise ValueError(f"locations must be one of {', '.join(LOCATIONS)}, got {locations!r}")
     shapes = [(height, width) for height, width in spatial_shapes]
     num_keys = sum(height * width for height, width in shapes)
     uniform = isinstance(num_points, int)
@@ -135,14 +174,19 @@ def make_inputs(
 
     value = torch.randn(batch, num_keys, num_heads, head_dim, generator=random)
     size = (batch, queries, num_heads, sum(counts))
-    if locations == "local":
+    if locations in ("local", "initial"):
         if num_queries is not None:
-            raise ValueError("num_queries must be None for local locations, got one")
+            raise ValueError(f"num_queries must be None for {locations} locations, got one")
         offset = torch.randn(*size, 2, generator=random) * 2.5
-        pixels = torch.tensor(
-            [(w, h) for (h, w), count in zip(shapes, counts, strict=True) for _ in range(count)]
-        )
-        location = pixel_centres(shapes)[None, :, None, None] + offset / pixels
+        if locations == "initial":
+            offset = offset / 5 + _initial_offsets(counts, num_heads)
+        location = _local_locations(shapes, counts, offset)
+    elif locations == "clustered":
+        if num_queries is None:
+            near = pixel_centres(shapes)[None]
+        else:
+            near = torch.rand(batch, queries, 2, generator=random)
+        location = _clustered_locations(near, size, random)
     else:
         location = torch.rand(*size, 2, generator=random) * 1.1 - 0.05
     weight = torch.randn(size, generator=random).softmax(-1)

@@ -3,20 +3,15 @@
 import json
 import sys
 import time
-from pathlib import Path
-
-import pytest
-import torch
-
-# The benchmarks are scripts and no package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import accuracy
 import baselines
 import bench_peers
 import measure
 import peers
+import pytest
 import report
+import torch
 import workloads
 
 from msda.testing import relative_error
@@ -28,7 +23,7 @@ def tiny(monkeypatch, set_threads):
     set_threads(1)
     problems = {name: workload.tiny() for name, workload in workloads.CPU_WORKLOADS.items()}
     monkeypatch.setattr(bench_peers, "CPU_WORKLOADS", problems)
-    with bench_peers.functorch.patch(donated_buffer=True):
+    with baselines.functorch.patch(donated_buffer=True):
         yield
 
 
@@ -146,7 +141,7 @@ def test_each_rival_that_is_installed_computes_the_operator(name):
         for _ in range(2):  # on a graph that is kept
             for actual, gradient in zip(run(), exact, strict=True):
                 assert relative_error(actual, gradient) < 1e-4
-    assert bench_peers.described(name)["versions"].keys() == set(rival.packages)
+    assert bench_peers.described(rival)["versions"].keys() == set(rival.packages)
 
 
 @pytest.mark.parametrize("name", ["transformers", "ONNX Runtime"])
@@ -154,9 +149,28 @@ def test_a_package_that_is_not_installed_is_said(name, monkeypatch):
     for package in bench_peers.RIVALS[name].packages:
         if package != "torch":
             monkeypatch.setitem(sys.modules, package, None)
-    makes, missing = bench_peers.find_rivals([name])
+    makes, missing = bench_peers.find_rivals({name: bench_peers.RIVALS[name]})
     assert makes == {}
     assert missing[name].startswith(("not installed", "importing it failed"))
+
+
+def test_a_peer_can_be_named_by_its_file(bench, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import torch\n"
+        "class MultiScaleDeformableAttention(torch.nn.Module):\n"
+        "    def forward(self, value, value_spatial_shapes, value_spatial_shapes_list,\n"
+        "                level_start_index, sampling_locations, attention_weights, im2col_step):\n"
+        "        from msda.reference import ms_deform_attn_reference\n"
+        "        return ms_deform_attn_reference(value, value_spatial_shapes_list, None,\n"
+        "                                        sampling_locations, attention_weights)\n"
+    )
+    arguments = [f"--peer=mine={file}", "--peer=nowhere.to_be_found", "--workload=decoder"]
+    status, results = bench(bench_peers.RIVALS, *arguments, "--threads=1")
+    assert status == 0
+    assert results["missing"] == {"nowhere.to_be_found": "not installed"}
+    assert results["rivals"]["mine"]["about"] == str(file)
+    assert all(row["rivals"]["mine"]["ratio"] > 0 for row in results["rows"])
 
 
 def test_a_missing_compiler_is_said(monkeypatch):
@@ -175,9 +189,9 @@ def test_a_short_call_is_timed_after_one_that_is_not():
         called.append(None)
         time.sleep(0.01)
 
-    timer = bench_peers.SettledTimer()
+    timer = measure.SettledTimer()
     assert timer.lead(run) >= 0.01
-    for lead, calls in ((0.01, 2), (bench_peers.SHORT, 1)):
+    for lead, calls in ((0.01, 2), (measure.SettledTimer.SHORT, 1)):
         called.clear()
         assert timer(run, lead=lead) >= 0.01
         assert len(called) == calls

@@ -6,24 +6,27 @@ import sys
 from pathlib import Path
 
 import pytest
+import report
+import targets
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import report  # noqa: E402
-import targets  # noqa: E402
 
 
-def operator_row(workload, direction, threads, ratio):
-    speeds = {"bfloat16_speedup": 1.25, "float16_speedup": 0.9}
-    return dict(workload=workload, direction=direction, threads=threads, ratio=ratio) | speeds
+def operator_row(workload, direction, threads, dtype="float32", **ratios):
+    rivals = {name: {"ratio": ratio} for name, ratio in ratios.items()}
+    named = dict(workload=workload, direction=direction, threads=threads, dtype=dtype)
+    return named | {"rivals": rivals}
 
 
 @pytest.fixture
 def folder(tmp_path):
     rows = [
-        operator_row("encoder", "forward", 1, 40.0),
-        operator_row("decoder", "backward", 1, 6.0),
+        operator_row("encoder", "forward", 1, grid_sample=40.0),
+        operator_row("encoder", "forward", 1, "bfloat16", grid_sample=9.0, float32=1.25),
+        operator_row("encoder", "forward", 1, "float16", grid_sample=9.0, float32=0.9),
+        operator_row("decoder", "backward", 1, grid_sample=6.0),
+        operator_row("decoder", "backward", 1, "float16", grid_sample=9.0, float32=0.9),
+        operator_row("mask2former", "forward", 1, grid_sample=1.0),
     ]
     (tmp_path / "operator.json").write_text(json.dumps({"rows": rows}))
     capabilities = {

@@ -1,5 +1,4 @@
 """What `make gpu` is made of works where there is no GPU: timing, peers, floors, files, tables."""
-# ruff: noqa: E402  the benchmarks are scripts and no package: their folder must be on the path
 
 import json
 import os
@@ -11,12 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import pytest
-import torch
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
 import accuracy
 import baselines
 import bench_gpu
@@ -24,13 +17,16 @@ import every_form
 import gpu
 import measure
 import peers
+import pytest
 import records
 import report
 import roofline
+import torch
 import workloads
 
 from msda.testing import PAPER_SHAPES, Inputs, make_fused_inputs, make_inputs, relative_error
 
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SMALL = [(5, 7), (3, 4)]
 
 
@@ -528,7 +524,7 @@ def test_bench_times_no_reference_in_the_name_of_the_kernels(tmp_path, monkeypat
 
 
 def test_bench_does_not_time_a_wrong_result(tmp_path, monkeypatch, capsys):
-    ours = replace(bench_gpu.OURS, plain=lambda inputs: 2 * bench_gpu.ours_plain(inputs))
+    ours = replace(bench_gpu.OURS, plain=lambda inputs: 2 * baselines.ours(inputs))
     monkeypatch.setattr(bench_gpu, "OURS", ours)
     status, results = bench(
         tmp_path, "--workload=rf-detr", "--dtype=float32", "--direction=forward", "--peer=none"

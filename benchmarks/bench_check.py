@@ -1,0 +1,200 @@
+"""Hold speed against the committed ratios: ``make bench-check``; fails where it has got worse.
+
+Compared are ratios within one run, never times: ours against the grid_sample core, the fused call
+against the unfused one, 16 bits against 32, backward against forward, a call on one query against
+an operator of PyTorch's on as little. Both sides of a ratio run in turn on one thread, and the
+fastest call of each counts, because a busy machine only ever adds time. Committed ratios belong to
+the best instruction set of a machine; a machine whose set has none is measured and not judged.
+
+A ratio may be lower than the committed one by ``MARGIN``. One that is lower is measured anew, up to
+``ATTEMPTS`` times, and fails if it is lower every time. That is wide enough for a shared machine
+and another model of processor, and narrow enough for what this is to notice: a kernel that is no
+longer vectorised, a copy or a check that was added to every call.
+
+    python benchmarks/bench_check.py                  two minutes
+    python benchmarks/bench_check.py --thorough       more time for each ratio, half the margin
+    python benchmarks/bench_check.py --thorough --write    commit what comes as the new ratios
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accuracy import assert_agree
+from baselines import after_prologue, grid_sample_core, ours, ours_fused
+from measure import Run, backward_of, cpu_machine, forward_of, seconds
+from records import Deadline, table_line, write_json
+
+import msda
+from msda.testing import FusedInputs, Inputs, leaves, make_fused_inputs, make_inputs, map_tensors
+
+COMMITTED = Path(__file__).resolve().parent / "results" / "check.json"
+MARGIN = 0.4  # of the committed ratio that may be missing
+THOROUGH_MARGIN = 0.2
+SECONDS, THOROUGH_SECONDS = 4.0, 15.0  # for each ratio and attempt
+ATTEMPTS = 3
+
+# An encoder at half the paper's size: it fits no cache of the first two levels, and is quick.
+SHAPES = [(50, 84), (25, 42), (13, 21), (7, 11)]
+NUM_QUERIES = 300
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two sides of a ratio: time of ``base`` over time of ``ours``."""
+
+    ours: Run
+    base: Run
+    calls: int = 1  # of each in a row, where one is too short for the clock
+
+
+def encoder(dtype: torch.dtype = torch.float32) -> Inputs:
+    return make_inputs(SHAPES, locations="local", dtype=dtype)
+
+
+def decoder() -> Inputs:
+    return make_inputs(SHAPES, locations="clustered", num_queries=NUM_QUERIES)
+
+
+def against_core(make: Callable[..., Run], inputs: Inputs) -> Pair:
+    """Ours against the grid_sample core."""
+    assert_agree(ours, grid_sample_core, inputs)
+    return Pair(make(ours, inputs), make(grid_sample_core, inputs))
+
+
+def against_unfused(make: Callable[..., Run], inputs: FusedInputs) -> Pair:
+    """The fused call against our own after locations and softmax by PyTorch."""
+    unfused = after_prologue(ours)
+    assert_agree(ours_fused, unfused, inputs)
+    return Pair(make(ours_fused, inputs), make(unfused, inputs))
+
+
+def sixteen_bits(make: Callable[..., Run], dtype: torch.dtype) -> Pair:
+    """16-bit values against float32 ones."""
+    inputs = encoder(dtype)
+    return Pair(make(ours, inputs), make(ours, map_tensors(inputs, lambda tensor: tensor.float())))
+
+
+def small_call(backward: bool) -> Pair:
+    """A call that does next to nothing against grid_sample on as little."""
+    inputs = leaves(make_inputs([(3, 4)], num_queries=1, num_heads=1, head_dim=4, num_points=1))
+    image = torch.rand(1, 4, 3, 4, requires_grad=True)
+    grid = torch.rand(1, 1, 1, 2, requires_grad=True)
+
+    def base() -> Any:
+        return F.grid_sample(image, grid, align_corners=False)
+
+    if not backward:
+        return Pair(lambda: ours(inputs), base, calls=100)
+    results = [ours(inputs), base()]
+    gradients = [torch.ones_like(result) for result in results]
+    tensors = [inputs.tensors(), (image, grid)]
+
+    def gradient(side: int) -> Run:
+        return lambda: torch.autograd.grad(
+            results[side], tensors[side], gradients[side], retain_graph=True
+        )
+
+    return Pair(gradient(0), gradient(1), calls=100)
+
+
+PAIRS: dict[str, Callable[[], Pair]] = {
+    "encoder, forward": lambda: against_core(forward_of, encoder()),
+    "encoder, backward": lambda: against_core(backward_of, encoder()),
+    "decoder, forward": lambda: against_core(forward_of, decoder()),
+    "decoder, backward": lambda: against_core(backward_of, decoder()),
+    "fused encoder, forward": lambda: against_unfused(forward_of, make_fused_inputs(SHAPES)),
+    "fused encoder, backward": lambda: against_unfused(backward_of, make_fused_inputs(SHAPES)),
+    "encoder, forward, bfloat16": lambda: sixteen_bits(forward_of, torch.bfloat16),
+    "encoder, backward, bfloat16": lambda: sixteen_bits(backward_of, torch.bfloat16),
+    "encoder, forward, float16": lambda: sixteen_bits(forward_of, torch.float16),
+    "call on one query, forward": lambda: small_call(backward=False),
+    "call on one query, backward": lambda: small_call(backward=True),
+}
+
+
+def fastest(run: Run, calls: int) -> float:
+    """Seconds of the fastest of three calls, or of a call in the fastest of three rows of them."""
+    return min(seconds(lambda: [run() for _ in range(calls)]) for _ in range(3)) / calls
+
+
+def measure(pair: Pair, budget: float) -> float:
+    """The ratio of the two sides' fastest calls, within so many seconds."""
+    deadline = Deadline(budget / 60)
+    best = {"ours": float("inf"), "base": float("inf")}
+    rounds = 0
+    while rounds < 2 or deadline.left() > 0:
+        for side in best:
+            best[side] = min(best[side], fastest(getattr(pair, side), pair.calls))
+        rounds += 1
+    return best["base"] / best["ours"]
+
+
+def judge(name: str, committed: float | None, budget: float, margin: float) -> dict[str, Any]:
+    """Measure a ratio until it is high enough, or was not in any attempt."""
+    pair = PAIRS[name]()
+    least = committed * (1 - margin) if committed is not None else 0.0
+    ratios: list[float] = []
+    while not ratios or (ratios[-1] < least and len(ratios) < ATTEMPTS):
+        ratios.append(measure(pair, budget))
+    return {"ratio": max(ratios), "attempts": len(ratios), "least": least}
+
+
+def main() -> int:
+    """Measure every ratio; 1 where one has got worse."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--thorough", action="store_true", help="more time, half the margin")
+    parser.add_argument("--write", action="store_true", help=f"write {COMMITTED.name}")
+    options = parser.parse_args()
+    assert msda.info()["backend"] == "native", msda.info()["backend_reason"]
+    torch.set_num_threads(1)
+
+    machine = cpu_machine()
+    capability = str(machine["cpu_capability"])
+    everything = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
+    committed = everything.get(capability, {}).get("ratios", {})
+    margin = THOROUGH_MARGIN if options.thorough else MARGIN
+    print(f"{machine['cpu']}, {capability} kernels, torch {machine['torch']}")
+    if not committed:
+        print(f"{COMMITTED.name} holds no ratios of {capability}: measured, not judged.")
+
+    widths = (-30, 11, 9, 9, 10)
+    print("\n" + table_line(("ratio", "committed", "least", "now", ""), widths))
+    ratios, worse = {}, []
+    for name in PAIRS:
+        before = committed.get(name)
+        budget = THOROUGH_SECONDS if options.thorough else SECONDS
+        found = judge(name, before, budget, margin)
+        ratios[name] = round(found["ratio"], 3)
+        verdict = ""
+        if before is not None:
+            verdict = "holds" if found["ratio"] >= found["least"] else "WORSE"
+        if verdict == "WORSE":
+            worse.append(name)
+        known = ("-", "-") if before is None else (f"{before:.2f}x", f"{found['least']:.2f}x")
+        print(table_line((name, *known, f"{found['ratio']:.2f}x", verdict), widths), flush=True)
+
+    if options.write:
+        write_json(COMMITTED, everything | {capability: {"machine": machine, "ratios": ratios}})
+        print(f"written: {COMMITTED}")
+        return 0
+    if worse:
+        print(
+            f"\n{len(worse)} of {len(PAIRS)} ratios must be at least {1 - margin:.0%} of the "
+            f"committed one, were less in each of {ATTEMPTS} attempts: {'; '.join(worse)}"
+        )
+    return int(bool(worse))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

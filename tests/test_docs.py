@@ -1,0 +1,46 @@
+"""What the README and the pages of docs show runs as it stands there."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "examples" / "deformable_detr" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+
+
+def code_of(page):
+    """Everything that a page shows in Python, at the line where the page has it."""
+    text, lines = page.read_text(), []
+    for block in BLOCK.finditer(text):
+        line = text[: block.start(1)].count("\n")
+        lines += [""] * (line - len(lines)) + block.group(1).splitlines()
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
+    code = code_of(page)
+    assert code, "a page shows how to use what it is about"
+    # As somebody who pastes it, in a folder of their own; the detector is imported from its own.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "examples" / "deformable_detr"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    program = f"exec(compile({code!r}, {str(page)!r}, 'exec'))"
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page):
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), target
