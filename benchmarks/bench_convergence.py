@@ -65,7 +65,7 @@ EXPERIMENTS = {
     "cpu": Experiment(
         "shapes-easy",
         tuning_epochs={"deformable": 4, "dense": 14},
-        epochs={"deformable": 12, "dense": 26},
+        epochs={"deformable": 12, "dense": 40},
     ),
     # A night on two cores: more and smaller objects; dense attention takes longer to start.
     "cpu-hard": Experiment(

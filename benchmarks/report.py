@@ -1,7 +1,7 @@
-"""Write the tables of README.md from committed result files: ``python benchmarks/report.py``.
+"""Write the tables of the pages from committed result files: ``python benchmarks/report.py``.
 
 Each table stands between ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``. With ``--check``
-nothing is written, and the exit status is 1 if README.md does not say what the files say.
+nothing is written, and the exit status is 1 if a page does not say what the files say.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import targets
@@ -19,26 +19,35 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def cpu_heading(path: Path, results: dict) -> str:
+def cpu_heading(path: Path, results: dict, dtype: str = "float32, ") -> str:
     """What a table of CPU results was measured on."""
     machine = results["machine"]
     return (
         f"{machine['cpu']}, {machine['cores']} cores, {machine['cpu_capability']} kernels, "
-        f"torch {machine['torch']}, msda {machine['msda']} at {machine['commit']}, float32 "
+        f"{dtype}torch {machine['torch']}, msda {machine['msda']} at {machine['commit']} "
         f"(`{path.relative_to(ROOT)}`):"
     )
 
 
 def operator_table() -> str:
-    """Every committed operator.json: one table of all workloads, and one of all dtypes."""
+    """All workloads in float32 of every committed operator.json."""
+    return _operator_tables(workload_rows, "float32, ")
+
+
+def dtypes_table() -> str:
+    """All dtypes of the main workloads of every committed operator.json."""
+    return _operator_tables(dtype_rows, "")
+
+
+def _operator_tables(rows_of: Callable[[dict], str], dtype: str) -> str:
     parts = []
     for path in sorted(RESULTS.glob("*/operator.json")):
         results = json.loads(path.read_text())
-        parts += [cpu_heading(path, results), workload_rows(results), dtype_rows(results)]
+        parts += [cpu_heading(path, results, dtype), rows_of(results)]
     return "\n\n".join(parts)
 
 
-DIRECTIONS = ("forward", "backward", "fused forward", "fused backward")
+OPERATOR_DIRECTIONS = ("forward", "backward", "fused forward", "fused backward")
 
 
 def workload_rows(results: dict) -> str:
@@ -47,10 +56,16 @@ def workload_rows(results: dict) -> str:
     for row in results["rows"]:
         if row["dtype"] == "float32":
             by_line.setdefault((row["workload"], row["threads"]), {})[row["direction"]] = row
-    headings = ["workload", "threads", *DIRECTIONS, "share of the floor", "extra memory, MB"]
+    headings = [
+        "workload",
+        "threads",
+        *OPERATOR_DIRECTIONS,
+        "share of the floor",
+        "extra memory, MB",
+    ]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for (workload, threads), by_direction in by_line.items():
-        rows = [by_direction.get(direction) for direction in DIRECTIONS]
+        rows = [by_direction.get(direction) for direction in OPERATOR_DIRECTIONS]
         cells = [workload, str(threads), *(_operator_cell(row) for row in rows)]
         cells.append(_cell(row and f"{row['floor']['share']:.2f}" for row in rows[:2]))
         cells.append(_cell(row and _extra_memory(row) for row in rows[:2]))
@@ -245,6 +260,34 @@ def _reached(entry: dict, seeds: int) -> str:
         middle, least, most = (f"{entry[what][key]:.{digits}f}" for key in ("median", "min", "max"))
         texts.append(middle if least == most else f"{middle}, {least} to {most}")
     return f"{texts[0]} ({texts[1]} s)"
+
+
+NO_TRANSFORMERS_FIGURE = (
+    "No figure of these exists yet: `python benchmarks/bench_transformers.py --output "
+    "benchmarks/results/<machine>/transformers.json` measures them."
+)
+
+
+def transformers_table() -> str:
+    """Every committed transformers.json, one table per machine; or that there is none yet."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/transformers.json")):
+        results = json.loads(path.read_text())
+        lines = [
+            f"transformers {results['machine']['transformers']}, {cpu_heading(path, results)}",
+            "",
+            "| model | image | threads | before, ms | after, ms | ratio "
+            "| extra memory, MB: before / after |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['model']} | {row['size'][0]} x {row['size'][1]} | {row['threads']} "
+            f"| {row['before_ms']:.0f} | {row['after_ms']:.0f} | **{row['ratio']:.2f}x** "
+            f"| {row['before_extra_bytes'] / 1e6:.0f} / {row['after_extra_bytes'] / 1e6:.0f} |"
+            for row in results["rows"]
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NO_TRANSFORMERS_FIGURE
 
 
 NO_GPU_FIGURE = (
@@ -452,7 +495,21 @@ def detector_table() -> str:
         lines += [
             "",
             f"Medians of {results['rounds']} rounds in turns; relative errors of ours against the "
-            f"reference operator: {errors}. Where the time of one pass goes, by a profiler:",
+            f"reference operator: {errors}.",
+        ]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NO_DETECTOR_FIGURE
+
+
+def parts_table() -> str:
+    """The time of each part of the detector, of every committed detector.json."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/detector.json")):
+        results = json.loads(path.read_text())
+        height, width = results["size"]
+        lines = [
+            f"{results['preset']}, batch {results['batch']}, {height} x {width}, by a profiler in "
+            f"one pass: {_detector_machine(path, results)}",
             "",
             *_detector_parts(results["rows"]),
         ]
@@ -542,12 +599,24 @@ def paper_table() -> str:
     return "\n\n".join(parts) or NO_PAPER_FIGURE
 
 
-TABLES = {
-    "operator": operator_table,
-    "targets": targets_table,
-    "peers": peers_table,
-    "fused": fused_table,
-    "gpu": gpu_table,
+# What stands on which page.
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {
+        "gpu": gpu_table,
+        "operator": operator_table,
+        "peers": peers_table,
+        "scaling": scaling_table,
+        "detector": detector_table,
+        "transformers": transformers_table,
+        "convergence": convergence_table,
+    },
+    "docs/benchmarks.md": {
+        "dtypes": dtypes_table,
+        "fused": fused_table,
+        "targets": targets_table,
+        "parts": parts_table,
+        "paper": paper_table,
+    },
 }
 
 
@@ -555,19 +624,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if out of date")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
-    old = new = readme.read_text()
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if not pattern.search(new):
-            sys.exit(f"README.md must hold {begin} and {end}, got neither or one")
-        text = f"{begin}\n{table()}\n{end}"
-        new = pattern.sub(lambda _, text=text: text, new)
-    if options.check:
-        return int(new != old)
-    readme.write_text(new)
-    return 0
+    out_of_date = False
+    for page, tables in PAGES.items():
+        path = ROOT / page
+        old = new = path.read_text()
+        for name, table in tables.items():
+            begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+            pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+            if not pattern.search(new):
+                sys.exit(f"{page} must hold {begin} and {end}, got neither or one")
+            text = f"{begin}\n{table()}\n{end}"
+            new = pattern.sub(lambda _, text=text: text, new)
+        out_of_date |= new != old
+        if not options.check:
+            path.write_text(new)
+    return int(options.check and out_of_date)
 
 
 if __name__ == "__main__":

@@ -863,9 +863,11 @@ def test_programs_compile_without_a_warning(tmp_path, source):
 
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
-    """A README with markers, and no results yet."""
-    blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in report.TABLES]
-    (tmp_path / "README.md").write_text("between\n".join(blocks))
+    """Pages with markers, and no results yet."""
+    (tmp_path / "docs").mkdir()
+    for page, tables in report.PAGES.items():
+        blocks = [f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\n" for name in tables]
+        (tmp_path / page).write_text("between\n".join(blocks))
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "RESULTS", tmp_path / "benchmarks" / "results")
     return tmp_path
