@@ -1,0 +1,260 @@
+"""The recipes of docs/call-forms.md compute what the libraries of those call forms compute."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "call-forms.md"
+WIDE = [(4, 9), (3, 5), (2, 2)]  # no map but the last is square
+SQUARE = [(6, 6), (3, 3)]
+BATCH, QUERIES, HEADS, HEAD_DIM = 2, 7, 4, 8
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    """What the Python of the page defines."""
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(block, PAGE.name, "exec"), names)
+    return names
+
+
+# ---- the formulas, pixel by pixel ----------------------------------------------------------------
+
+
+def pixels(maps, x, y):
+    """Pixels (B, Q, M, P, D) of maps (B, M, D, H, W) at whole x and y (B, Q, M, P) inside them."""
+    b = torch.arange(maps.shape[0]).view(-1, 1, 1, 1)
+    m = torch.arange(maps.shape[1]).view(1, 1, -1, 1)
+    return maps.permute(0, 1, 3, 4, 2)[b, m, y.long(), x.long()]
+
+
+def bilinear(maps, locations):
+    """Each of the four pixels around a location counts by its closeness, those outside as zero."""
+    height, width = maps.shape[-2:]
+    x, y = locations[..., 0] * width - 0.5, locations[..., 1] * height - 0.5
+    total = 0
+    for corner_y in (y.detach().floor(), y.detach().floor() + 1):
+        for corner_x in (x.detach().floor(), x.detach().floor() + 1):
+            inside = (corner_x >= 0) & (corner_x < width) & (corner_y >= 0) & (corner_y < height)
+            closeness = (1 - (x - corner_x).abs()) * (1 - (y - corner_y).abs()) * inside
+            pixel = pixels(maps, corner_x.clamp(0, width - 1), corner_y.clamp(0, height - 1))
+            total = total + closeness.unsqueeze(-1) * pixel
+    return total
+
+
+def discrete(maps, locations, clamp_by_height=False):
+    height, width = maps.shape[-2:]
+    x = (locations[..., 0] * width + 0.5).trunc()
+    y = (locations[..., 1] * height + 0.5).trunc()
+    x = x.clamp(0, (height if clamp_by_height else width) - 1)
+    return pixels(maps, x.detach(), y.clamp(0, height - 1).detach())
+
+
+def attend(levels, locations, weights, sample=bilinear):
+    """(B, Q, M * D) from a list of (B, M, D, H, W), and lists of (B, Q, M, P, 2), (B, Q, M, P)."""
+    parts = zip(levels, locations, weights, strict=True)
+    output = sum((sample(m, at) * weight.unsqueeze(-1)).sum(3) for m, at, weight in parts)
+    return output.flatten(2)
+
+
+def as_maps(value, shapes):
+    """(B, S, M, D) -> a list of (B, M, D, H, W)."""
+    sizes = [height * width for height, width in shapes]
+    levels = value.permute(0, 2, 3, 1).split(sizes, dim=-1)
+    return [level.unflatten(-1, shape) for level, shape in zip(levels, shapes, strict=True)]
+
+
+# ---- comparing -----------------------------------------------------------------------------------
+
+
+def random(*size):
+    return torch.randn(*size, dtype=torch.float64).requires_grad_()
+
+
+def random_locations(*size):
+    """Over the map and a tenth beyond each edge."""
+    return (torch.rand(*size, dtype=torch.float64) * 1.2 - 0.1).requires_grad_()
+
+
+def random_boxes(*size):
+    """(centre x, centre y, width, height)."""
+    return torch.rand(*size, 4, dtype=torch.float64).requires_grad_()
+
+
+def num_pixels(shapes):
+    return sum(height * width for height, width in shapes)
+
+
+def check(actual, expected, leaves):
+    """Outputs agree, and the gradients of all leaves that have any."""
+    assert_close(actual, expected)
+    grad_output = torch.randn_like(actual)
+    # Locations have none in 'discrete'.
+    ours = torch.autograd.grad(actual, leaves, grad_output, retain_graph=True, allow_unused=True)
+    theirs = torch.autograd.grad(expected, leaves, grad_output, allow_unused=True)
+    for gradient, reference, leaf in zip(ours, theirs, leaves, strict=True):
+        zero = torch.zeros_like(leaf)
+        assert_close(
+            zero if gradient is None else gradient, zero if reference is None else reference
+        )
+
+
+# ---- mmcv, Grounding DINO, detrex ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2, 4], ids=["points", "boxes"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["length_first", "batch_first"])
+@pytest.mark.parametrize("own_identity", [False, True], ids=["adds_query", "adds_identity"])
+@pytest.mark.parametrize("extras", [False, True], ids=["plain", "position_and_mask"])
+def test_module_called_as_mmcvs(recipes, size, batch_first, extras, own_identity):
+    channels, num_levels, num_points = HEADS * HEAD_DIM, len(WIDE), 3
+    module = recipes["MultiScaleDeformableAttention"](
+        channels, HEADS, num_levels, num_points, dropout=0.0, batch_first=batch_first
+    ).double()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+
+    num_keys = num_pixels(WIDE)
+    query, value = random(BATCH, QUERIES, channels), random(BATCH, num_keys, channels)
+    identity, query_pos = random(2, BATCH, QUERIES, channels).unbind()
+    mask = torch.rand(BATCH, num_keys) < 0.3  # True = padding
+    reference = torch.rand(BATCH, QUERIES, num_levels, size, dtype=torch.float64).requires_grad_()
+
+    # The formula.
+    asked = query + query_pos if extras else query
+    projected = module.value_proj(value)
+    if extras:
+        projected = torch.where(mask.unsqueeze(-1), 0, projected)
+    sampled_shape = (HEADS, num_levels, num_points)
+    offsets = module.sampling_offsets(asked).unflatten(-1, (*sampled_shape, 2))
+    weights = module.attention_weights(asked).unflatten(-1, (HEADS, -1)).softmax(-1)
+    weights = weights.unflatten(-1, sampled_shape[1:])
+    locations = []
+    for level, (height, width) in enumerate(WIDE):
+        centre = reference[:, :, None, level, None]  # (B, Q, 1, 1, 2 or 4)
+        if size == 2:
+            unit = 1 / torch.tensor([width, height]).double()
+        else:
+            unit = centre[..., 2:] / (2 * num_points)
+        locations.append(centre[..., :2] + offsets[:, :, :, level] * unit)
+    levels = as_maps(projected.unflatten(-1, (HEADS, HEAD_DIM)), WIDE)
+    expected = module.output_proj(attend(levels, locations, weights.unbind(3)))
+    expected = expected + (identity if own_identity else query)
+
+    def laid_out(tensor):
+        return tensor if batch_first else tensor.transpose(0, 1)
+
+    options = {"identity": laid_out(identity)} if own_identity else {}
+    if extras:
+        options |= {"query_pos": laid_out(query_pos), "key_padding_mask": mask}
+    actual = module(
+        laid_out(query),
+        value=laid_out(value),
+        reference_points=reference,
+        spatial_shapes=torch.tensor(WIDE),
+        level_start_index=torch.tensor([0, 36, 51]),
+        **options,
+    )
+    check(laid_out(actual), expected, [query, value, reference, *module.parameters()])
+
+
+def test_module_called_as_mmcvs_attends_to_the_query_where_no_value_is_given(recipes):
+    module = recipes["MultiScaleDeformableAttention"](32, 4, 1, 2, dropout=0.5).eval()
+    query, reference = torch.randn(12, BATCH, 32), torch.rand(BATCH, 12, 1, 2)
+    options = dict(reference_points=reference, spatial_shapes=torch.tensor([[3, 4]]))
+    assert_close(module(query, **options), module(query, value=query, **options))
+    in_training = module.train()(query, **options) - query
+    assert (in_training == 0).float().mean() > 0.2  # dropped out before identity is added
+
+
+# ---- RT-DETRv2, D-FINE ---------------------------------------------------------------------------
+
+
+def ragged(shapes, counts):
+    """value (B, S, M, D), locations (B, Q, M, K, 2), weights (B, Q, M, K)."""
+    total = sum(counts)
+    value = random(BATCH, num_pixels(shapes), HEADS, HEAD_DIM)
+    locations = random_locations(BATCH, QUERIES, HEADS, total, 2)
+    weights = torch.rand(BATCH, QUERIES, HEADS, total, dtype=torch.float64).requires_grad_()
+    return value, locations, weights
+
+
+@pytest.mark.parametrize("method", ["default", "discrete"])
+@pytest.mark.parametrize("per_level", [False, True], ids=["one_tensor", "list_of_levels"])
+@pytest.mark.parametrize("counts", [[3, 6, 2], [4, 4, 4]], ids=["ragged", "uniform"])
+def test_core_called_as_rtdetrv2s_and_dfines(recipes, method, per_level, counts):
+    value, locations, weights = ragged(WIDE, counts)
+    sample = bilinear if method == "default" else discrete
+    expected = attend(
+        as_maps(value, WIDE), locations.split(counts, dim=3), weights.split(counts, dim=3), sample
+    )
+    given = value
+    if per_level:
+        sizes = [height * width for height, width in WIDE]
+        given = value.permute(0, 2, 3, 1).split(sizes, dim=-1)  # (B, M, D, H * W) each
+    core = recipes["deformable_attention_core_func_v2"]
+    actual = core(given, WIDE, locations, weights, counts, method=method)
+    check(actual, expected, [value, locations, weights])
+
+
+def test_discrete_clamps_by_the_height_alone_only_where_that_is_the_width_too(recipes):
+    core = recipes["deformable_attention_core_func_v2"]
+
+    def theirs(maps, at):
+        return discrete(maps, at, clamp_by_height=True)
+
+    for shapes, agrees in ((SQUARE, True), (WIDE[:2], False)):
+        value, locations, weights = ragged(shapes, [3, 2])
+        expected = attend(
+            as_maps(value, shapes), locations.split([3, 2], 3), weights.split([3, 2], 3), theirs
+        )
+        actual = core(value, shapes, locations, weights, [3, 2], "discrete")
+        assert torch.allclose(actual, expected) == agrees
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no_mask", "mask"])
+def test_attention_called_as_rtdetrv2s_reads_where_the_mask_is_true(recipes, masked):
+    counts = [3, 6, 2]
+    value, offsets, _ = ragged(WIDE, counts)
+    logits = random(BATCH, QUERIES, HEADS, sum(counts))
+    boxes = random_boxes(BATCH, QUERIES, 1)
+    value_mask = torch.rand(BATCH, num_pixels(WIDE)) < 0.7 if masked else None  # True = valid
+
+    read = value * value_mask.double()[..., None, None] if masked else value
+    locations = [
+        boxes[:, :, None, :, :2] + offset * boxes[:, :, None, :, 2:] * 0.5 / count
+        for offset, count in zip(offsets.split(counts, dim=3), counts, strict=True)
+    ]
+    weights = logits.softmax(-1).split(counts, dim=3)
+    expected = attend(as_maps(read, WIDE), locations, weights)
+    actual = recipes["rtdetrv2_attention"](value, WIDE, boxes, offsets, logits, counts, value_mask)
+    check(actual, expected, [value, boxes, offsets, logits])
+
+
+# ---- RF-DETR, LW-DETR ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_ints", [False, True], ids=["shapes_tensor", "shapes_ints"])
+@pytest.mark.parametrize("shapes", [[(6, 9)], WIDE], ids=["one_level", "three_levels"])
+def test_core_called_as_rfdetrs(recipes, shapes, as_ints):
+    heads = head_dim = 16
+    num_points = 2
+    value = random(BATCH, heads, head_dim, num_pixels(shapes))
+    locations = random_locations(BATCH, QUERIES, heads, len(shapes), num_points, 2)
+    logits = random(BATCH, QUERIES, heads, len(shapes) * num_points)
+    weights = logits.softmax(-1)
+
+    per_level = weights.unflatten(-1, (len(shapes), num_points)).unbind(3)
+    levels = as_maps(value.permute(0, 3, 1, 2), shapes)
+    expected = attend(levels, locations.unbind(3), per_level)
+    actual = recipes["ms_deform_attn_core_pytorch"](
+        value, torch.tensor(shapes), locations, weights, shapes if as_ints else None
+    )
+    check(actual, expected, [value, locations, logits])
