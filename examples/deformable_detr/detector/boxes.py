@@ -46,5 +46,4 @@ def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """The logit of x, with x and 1 - x kept above ``eps``."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.log(x.clamp(eps, 1.0) / (1 - x).clamp(eps, 1.0))

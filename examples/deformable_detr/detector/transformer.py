@@ -58,7 +58,7 @@ def flatten_levels(
     centres, ratios = [], []
     for level, (height, width) in enumerate(shapes):
         y, x = (
-            torch.linspace(0.5, size - 0.5, size, dtype=dtype, device=level_embed.device)[None]
+            torch.arange(size, dtype=dtype, device=level_embed.device)[None] + 0.5
             for size in (height, width)
         )
         if padding_masks is None:
