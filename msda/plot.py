@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from msda.integrations.transformers import attention_layers, observers
 from msda.modules import MSDeformAttn
-from msda.reference import locations_and_weights
+from msda.reference import SpatialShapes, locations_and_weights
 
 if TYPE_CHECKING:  # matplotlib is needed to draw, not to record
     from matplotlib.axes import Axes
@@ -29,10 +30,11 @@ _WEIGHTS_OF_LEGEND = (0.02, 0.1, 0.5)
 
 @dataclass(frozen=True, eq=False)
 class SamplingRecord:
-    """Where one call of a :class:`msda.MSDeformAttn` sampled, and with what weights.
+    """Where one call of an attention layer sampled, and with what weights.
 
     Letters as in :func:`msda.ms_deform_attn`. Tensors are detached, on the device of the module;
-    locations and weights are float32, or float64 in a float64 module, as inside the operator.
+    locations and weights are float32, or float64 in a float64 module, as inside the operator. What
+    a transformers model computes in 16 bits is recorded as it is, in float32.
 
     Attributes:
         name: of the module, as in ``model.named_modules()``.
@@ -40,7 +42,8 @@ class SamplingRecord:
             outside. (B, Q, M, K, 2) where levels differ in their number of points.
         attention_weights: (B, Q, M, L, P) after the softmax over L * P. (B, Q, M, K) where levels
             differ in their number of points.
-        reference_points: (B, Q, L or 1, 2 or 4) as the module was given them.
+        reference_points: (B, Q, L or 1, 2 or 4) as the module was given them; None where it has no
+            argument of that name.
         spatial_shapes: (height, width) of each level.
         num_points: where levels differ, one count per level, K in all; else None.
     """
@@ -48,14 +51,17 @@ class SamplingRecord:
     name: str
     sampling_locations: Tensor
     attention_weights: Tensor
-    reference_points: Tensor
+    reference_points: Tensor | None
     spatial_shapes: tuple[tuple[int, int], ...]
     num_points: tuple[int, ...] | None = None
 
 
 @contextlib.contextmanager
 def capture_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
-    """Record every call of every :class:`msda.MSDeformAttn` in a model, without changing its code.
+    """Record every call of every attention layer in a model, without changing its code.
+
+    Layers are each :class:`msda.MSDeformAttn`, and those of a transformers model after
+    :func:`msda.integrations.transformers.use_msda`.
 
     Works through forward hooks, which are removed at the end of the block, also after an exception.
     Records come in the order of the calls, over as many forwards as there are, with or without
@@ -75,7 +81,7 @@ def capture_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
         The list that grows by one :class:`SamplingRecord` per call.
 
     Raises:
-        ValueError: ``model`` contains no :class:`msda.MSDeformAttn`.
+        ValueError: ``model`` contains no such layer.
 
     Example:
         >>> attention = MSDeformAttn(d_model=32, n_levels=2, n_heads=4, n_points=3)
@@ -86,15 +92,20 @@ def capture_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
         torch.Size([1, 10, 4, 2, 3, 2])
     """
     modules = [item for item in model.named_modules() if isinstance(item[1], MSDeformAttn)]
-    if not modules:
+    layers = list(attention_layers(model))
+    if not modules and not layers:
         raise ValueError(
-            f"model must contain an msda.MSDeformAttn, got a {type(model).__name__} without one"
+            "model must contain an msda.MSDeformAttn or attention patched by "
+            f"msda.integrations.transformers.use_msda, got a {type(model).__name__} without"
         )
     samples: list[SamplingRecord] = []
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in modules:
             for handle in _record_calls(name, module, samples):
+                stack.enter_context(handle)
+        for name, layer in layers:
+            for handle in _record_cores(name, layer, samples):
                 stack.enter_context(handle)
         yield samples
 
@@ -114,7 +125,7 @@ def draw_sampling(
 
     There is a panel for each record and query. A dot is a sample, of any head: its colour tells the
     level, from light (the first) to dark, and its area is proportional to the attention weight. A
-    cross marks the query's reference point. What lies outside the image is not shown.
+    cross marks the query's reference point, if known. What lies outside the image is not shown.
 
     Args:
         image: a PIL image or an array (H, W) or (H, W, 3): what ``Axes.imshow`` takes.
@@ -269,6 +280,47 @@ def _record_calls(
     ]
 
 
+def _record_cores(
+    name: str, layer: nn.Module, samples: list[SamplingRecord]
+) -> list[RemovableHandle]:
+    """The same for a layer whose core `msda.integrations.transformers` replaced."""
+    signature = inspect.signature(layer.forward)
+    latest: list[tuple[Any, ...]] = []  # what the core got in the call in progress
+
+    def observe(
+        shapes: SpatialShapes, locations: Tensor, weights: Tensor, counts: Sequence[int] | None
+    ) -> None:
+        latest.append((shapes, locations.detach(), weights.detach(), counts))
+
+    def begin(_: nn.Module, args: Any) -> None:
+        observers.set((*observers.get(), observe))
+
+    def append(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        observers.set(tuple(other for other in observers.get() if other is not observe))
+        calls = latest.copy()
+        latest.clear()
+        if output is None:  # the forward raised an error
+            return
+        reference_points = signature.bind(*args, **kwargs).arguments.get("reference_points")
+        for shapes, locations, weights, counts in calls:
+            dtype = torch.promote_types(locations.dtype, torch.float32)
+            samples.append(
+                SamplingRecord(
+                    name,
+                    locations.to(dtype, copy=True),
+                    weights.to(dtype, copy=True),
+                    None if reference_points is None else reference_points.detach().clone(),
+                    tuple((int(height), int(width)) for height, width in shapes),
+                    None if counts is None else tuple(counts),
+                )
+            )
+
+    return [
+        layer.register_forward_pre_hook(begin),
+        layer.register_forward_hook(append, with_kwargs=True, always_call=True),
+    ]
+
+
 # ---- drawing -------------------------------------------------------------------------------------
 
 
@@ -335,6 +387,8 @@ def _draw_samples(
         linewidths=0.5,
         zorder=2,
     )
+    if record.reference_points is None:
+        return
     x, y = (record.reference_points[batch_index, query, 0, :2].cpu() * scale).tolist()
     length = _CROSS * _side_in_points(axes)
     for colour, thickness in (("white", 0.3), ("black", 0.12)):

@@ -207,7 +207,7 @@ def test_a_compiled_model_runs_eagerly_within_the_block_and_compiled_after_it():
 
 def test_a_model_without_attention_is_refused():
     with (
-        pytest.raises(ValueError, match=r"^model must contain an msda.MSDeformAttn, got a Linear"),
+        pytest.raises(ValueError, match=r"^model must contain an msda.MSDeformAttn or .* a Linear"),
         capture_sampling(nn.Linear(2, 2)),
     ):
         pass

@@ -1,0 +1,1 @@
+"""Ways to run `msda` inside other libraries' models, one module each, imported on demand."""
