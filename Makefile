@@ -37,6 +37,9 @@ FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda_executor tests/c
 KERNEL_TESTS := tests/test_forward.py tests/test_backward.py tests/test_module.py
 OTHER_CAPABILITIES := import msda; i = msda.info(); \
   print(*(set(i['cpu_capabilities_supported']) - {i['cpu_capability']}))
+# Test files side by side, one on each core, where pytest-xdist is installed.
+SIDE_BY_SIDE := from importlib.util import find_spec; import os; \
+  print(f'-n {os.cpu_count()} --dist loadfile' if find_spec('xdist') else '')
 export MSDA_BUILD_DIR := build/cmake
 # Where there is nvcc: code that runs on every GPU, some of it compiled when it is loaded, instead of
 # ready-made code for each, as a package has, which takes three times as long to build.
@@ -56,7 +59,7 @@ test: build/installed.stamp
 	$(FOR_ARCHITECTURES) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON \
 	  -DPython3_EXECUTABLE=$$($(RUN) -c "import sys; print(sys.executable)")
 	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor
-	$(RUN) -m pytest tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $$($(RUN) -c "$(SIDE_BY_SIDE)") tests
 	set -e; for capability in $$($(RUN) -c "$(OTHER_CAPABILITIES)"); do \
 	  MSDA_CPU_CAPABILITY=$$capability $(RUN) -m pytest -q $(KERNEL_TESTS); done
 

@@ -5,7 +5,7 @@ Each raises RuntimeError: ``<name> must <rule>, got <value>``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def check_fused(
     _check_like_value(reference_points, "reference_points", value)
     shape = tuple(reference_points.shape)
     batch, num_queries = value.shape[0], sampling_offsets.shape[1]
-    torch._check(
+    _require(
         len(shape) == 4
         and shape[:2] == (batch, num_queries)
         and shape[2] in (num_levels, 1)
@@ -63,10 +63,18 @@ def check_fused(
     if padding_mask is not None:
         _check_device(padding_mask, "padding_mask", value)
         _check_shape(padding_mask, "padding_mask", "(B, S)", tuple(value.shape[:2]))
-        torch._check(
+        _require(
             padding_mask.dtype == torch.bool,
             lambda: f"padding_mask must be bool (True = padding), got {padding_mask.dtype}",
         )
+
+
+def _require(condition: bool, message: Callable[[], str]) -> None:
+    """``torch._check``, also in what torch.compile traces: it refuses messages that vary."""
+    if not torch.compiler.is_dynamo_compiling():
+        torch._check(condition, message)
+    elif not condition:
+        raise RuntimeError(message())
 
 
 def _check_pyramid(
@@ -76,20 +84,20 @@ def _check_pyramid(
     num_points: Sequence[int],
 ) -> int:
     """Check value and the pyramid's metadata; returns the number of levels."""
-    torch._check(
+    _require(
         value.dim() == 4, lambda: f"value must have shape (B, S, M, D), got {tuple(value.shape)}"
     )
     _check_float(value, "value")
     if shapes_tensor is not None:
-        torch._check(
+        _require(
             shapes_tensor.dim() == 2 and shapes_tensor.shape[1] == 2,
             lambda: f"spatial_shapes must have shape (L, 2), got {tuple(shapes_tensor.shape)}",
         )
-        torch._check(
+        _require(
             shapes_tensor.dtype in (torch.int64, torch.int32),
             lambda: f"spatial_shapes must be int64 or int32, got {shapes_tensor.dtype}",
         )
-        torch._check(
+        _require(
             shapes_tensor.is_cpu or shapes_tensor.device == value.device,
             lambda: (
                 "spatial_shapes must be on the CPU or on the device of value "
@@ -99,29 +107,31 @@ def _check_pyramid(
         num_levels = shapes_tensor.shape[0]
     else:
         num_levels = len(shapes) // 2
-    torch._check(num_levels > 0, lambda: "spatial_shapes must hold at least one level, got none")
-    torch._check(
+    _require(num_levels > 0, lambda: "spatial_shapes must hold at least one level, got none")
+    _require(
         not num_points or (len(num_points) == num_levels),
         lambda: f"num_points must hold one count per level ({num_levels}), got {tuple(num_points)}",
     )
-    torch._check(
+    _require(
         all(count >= 0 for count in num_points),
         lambda: f"num_points must not be negative, got {tuple(num_points)}",
     )
     if shapes_tensor is None:
-        torch._check(
+        _require(
             all(size > 0 for size in shapes),
             lambda: f"spatial_shapes must be positive, got {tuple(shapes)}",
         )
-        torch._check(
-            value.dtype == torch.float64 or all(size <= MAX_SIDE for size in shapes),
+        # Not of symbolic sizes, which it would keep within this range: the kernel checks them.
+        _require(
+            value.dtype == torch.float64
+            or all(size <= MAX_SIDE for size in shapes if isinstance(size, int)),
             lambda: (
                 "spatial_shapes must be at most 2^24 on a side, where float32 coordinates end, "
                 f"got {tuple(shapes)}"
             ),
         )
         pixels = sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True))
-        torch._check(
+        _require(
             pixels == value.shape[1],
             lambda: (
                 f"spatial_shapes must cover the S = {value.shape[1]} keys of value, "
@@ -133,7 +143,7 @@ def _check_pyramid(
 
 def _check_start_index(shapes: Sequence[int], level_start_index: Tensor | None) -> None:
     if level_start_index is not None:
-        torch._check(
+        _require(
             not shapes or tuple(level_start_index.shape) == (len(shapes) // 2,),
             lambda: (
                 f"level_start_index must have shape (L,) = ({len(shapes) // 2},), "
@@ -151,11 +161,11 @@ def _check_samples(
         _check_like_value(tensor, name, value)
     letters = "B, Q, M, K" if num_points else "B, Q, M, L, P"
     num_dims = 5 if num_points else 6
-    torch._check(
+    _require(
         points.dim() == num_dims,
         lambda: f"{points_name} must have shape ({letters}, 2), got {tuple(points.shape)}",
     )
-    torch._check(
+    _require(
         not num_points or sum(num_points) == points.shape[3],
         lambda: (
             f"num_points must sum to the K = {points.shape[3]} samples of {points_name}, "
@@ -174,7 +184,7 @@ def _check_like_value(tensor: Tensor, name: str, value: Tensor) -> None:
 
 
 def _check_device(tensor: Tensor, name: str, value: Tensor) -> None:
-    torch._check(
+    _require(
         tensor.device == value.device,
         lambda: (
             f"{name} must be on the device of value ({value.device}), "
@@ -184,14 +194,14 @@ def _check_device(tensor: Tensor, name: str, value: Tensor) -> None:
 
 
 def _check_float(tensor: Tensor, name: str) -> None:
-    torch._check(
+    _require(
         tensor.dtype in FLOATS,
         lambda: f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}",
     )
 
 
 def _check_shape(tensor: Tensor, name: str, letters: str, expected: tuple[int, ...]) -> None:
-    torch._check(
+    _require(
         tuple(tensor.shape) == expected,
         lambda: f"{name} must have shape {letters} = {expected}, got {tuple(tensor.shape)}",
     )

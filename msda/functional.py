@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from msda import ops
 from msda.checks import check_fused, check_plain
@@ -39,7 +38,8 @@ def ms_deform_attn(
     location that is NaN or infinite, contributes exactly zero to output and gradients. Coordinates
     and sums are float32 (float64 for float64 values) whatever the dtypes. The CPU backward gives
     the same bits for any number of threads; the CUDA backward gives the same bits in every run
-    under ``torch.use_deterministic_algorithms(True)``, else it adds in no fixed order.
+    under ``torch.use_deterministic_algorithms(True)``, else it adds in no fixed order. Derivatives
+    of gradients (``create_graph=True``) are right but slow: the reference is differentiated twice.
 
     Letters: B batch, S = sum of H * W over levels, Q queries, M heads, D channels per head,
     L levels, P points. Inputs need not be contiguous. Q and B may be 0.
@@ -69,8 +69,7 @@ def ms_deform_attn(
     Raises:
         TypeError: an argument that must be a tensor is none.
         ValueError: ``interpolation`` or ``spatial_shapes`` is malformed.
-        RuntimeError: shapes, dtypes or devices do not fit together; a kernel failed; a second
-            derivative is asked for.
+        RuntimeError: shapes, dtypes or devices do not fit together; a kernel failed.
         NotImplementedError: a forward-mode derivative is asked for.
 
     Example:
@@ -107,7 +106,6 @@ def ms_deform_attn(
             num_points=num_points,
             interpolation=interpolation,
         )
-    _refuse_forward_mode(value, sampling_locations, attention_weights)
     return ops.ms_deform_attn(
         value,
         shapes,
@@ -198,7 +196,6 @@ def ms_deform_attn_fused(
             num_points=num_points,
             padding_mask=padding_mask,
         )
-    _refuse_forward_mode(value, reference_points, sampling_offsets, attention_logits)
     return ops.ms_deform_attn_fused(
         value,
         shapes,
@@ -224,16 +221,6 @@ def _as_counts(num_points: Sequence[int] | None) -> list[int]:
     if isinstance(num_points, int):
         raise TypeError(f"num_points must be a sequence of one int per level, got {num_points}")
     return list(num_points)
-
-
-def _refuse_forward_mode(*tensors: Tensor) -> None:
-    """The compiled operator has no forward-mode derivative; PyTorch would take it to be zero."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise NotImplementedError(
-            "msda has no forward-mode derivative; use the functions of msda.reference for it"
-        )
 
 
 def _split_shapes(spatial_shapes: SpatialShapes) -> tuple[list[int], Tensor | None]:

@@ -1,4 +1,4 @@
-"""The compiled operator's Python half, in reading order: load, fake kernels, backward, autograd."""
+"""The operator's Python half, in reading order: load, fake kernels, backward, autograd, vmap."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import ctypes
 import os
 import sys
 from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
 from msda.checks import check_fused, check_plain
+from msda.reference import (
+    SpatialShapes,
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+)
 
 # ---- load ----------------------------------------------------------------------------------------
 
@@ -168,45 +175,6 @@ def _fake_fused_backward(
     )
 
 
-# ---- straight to the kernels ---------------------------------------------------------------------
-
-# What torch.library registers for autograd runs in Python for every call, wanted or not: twice the
-# time of a small problem. A plain eager call goes around it.
-
-_INTERNALS = (
-    hasattr(torch._C, "_AutoDispatchBelowAutograd")
-    and hasattr(torch._C, "_get_tracing_state")
-    and hasattr(torch._C, "_len_torch_dispatch_stack")
-    and hasattr(torch._C, "_len_torch_function_stack")
-    and hasattr(torch._C._functorch, "peek_interpreter_stack")
-)
-
-
-def _is_plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether nobody wants to see the call: no tracer, mode, transform or subclass of Tensor."""
-    return (
-        _INTERNALS
-        and not torch.compiler.is_compiling()
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and all(
-            type(argument) is Tensor or type(argument) is Parameter
-            for argument in arguments
-            if isinstance(argument, Tensor)
-        )
-    )
-
-
-def _call_backward(backward: Any, *arguments: Any) -> tuple[Tensor, ...]:
-    """Call a backward operator, by a way that refuses its derivative where one may be asked for."""
-    if torch.is_grad_enabled() or not _is_plain(arguments):
-        return backward(*arguments)
-    with torch._C._AutoDispatchBelowAutograd():
-        return backward(*arguments)
-
-
 # ---- backward ------------------------------------------------------------------------------------
 
 
@@ -221,9 +189,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     value, shapes_tensor, start_index, locations, weights = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    backward = torch.ops.msda._ms_deform_attn_backward.default
-    grad_value, grad_locations, grad_weights = _call_backward(
-        backward,
+    grad_value, grad_locations, grad_weights = _ms_deform_attn_backward(
         grad_output,
         value,
         ctx.spatial_shapes,
@@ -262,9 +228,7 @@ def _save_fused_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     output, value, shapes_tensor, start_index, reference, offsets, logits, mask = ctx.saved_tensors
     needs = ctx.needs_input_grad
-    backward = torch.ops.msda._ms_deform_attn_fused_backward.default
-    grad_value, grad_reference, grad_offsets, grad_logits = _call_backward(
-        backward,
+    grad_value, grad_reference, grad_offsets, grad_logits = _ms_deform_attn_fused_backward(
         grad_output,
         output,
         value,
@@ -295,58 +259,281 @@ def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-def _refuse_double_backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-    raise RuntimeError(
-        "msda cannot differentiate its backward; use the functions of msda.reference "
-        "where second derivatives are needed"
+# ---- backward of the backward --------------------------------------------------------------------
+
+# Slow and exact: the reference is differentiated twice, once somebody asks for it.
+
+
+def _second_derivative(
+    reference: Callable[..., Tensor],
+    tensors: list[Tensor],
+    grad_output: Tensor,
+    wanted: tuple[bool, ...],
+    grads: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    """Differentiate the gradients that a backward operator computed.
+
+    Args:
+        reference: what the forward operator computes from ``tensors``.
+        tensors: what the backward operator can differentiate by.
+        grad_output: (B, Q, M * D) what it was given.
+        wanted: which of its gradients it computed.
+        grads: gradients by its gradients.
+
+    Returns:
+        Gradients by ``grad_output`` and by each of ``tensors``.
+    """
+
+    def first(grad_output: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        pull_back = torch.func.vjp(reference, *tensors)[1]
+        return tuple(compress(pull_back(grad_output), wanted))
+
+    pull_back = torch.func.vjp(first, grad_output, *tensors)[1]
+    return pull_back(tuple(compress(grads, wanted)))
+
+
+def _as_given(
+    shapes: list[int], shapes_tensor: Tensor | None, num_points: list[int]
+) -> tuple[SpatialShapes, list[int] | None]:
+    """Shapes and counts of points as the reference takes them."""
+    pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
+    return pairs if shapes_tensor is None else shapes_tensor, num_points or None
+
+
+def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    grad_output, value, shapes, shapes_tensor, _, locations, weights, *options = inputs
+    ctx.save_for_backward(grad_output, value, locations, weights, shapes_tensor)
+    ctx.spatial_shapes = shapes
+    ctx.num_points, ctx.nearest, *needs = options
+    ctx.wanted = tuple(needs[:3])
+
+
+def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, *tensors, shapes_tensor = ctx.saved_tensors
+    shapes, counts = _as_given(ctx.spatial_shapes, shapes_tensor, ctx.num_points)
+
+    def reference(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return ms_deform_attn_reference(
+            value,
+            shapes,
+            None,
+            locations,
+            weights,
+            num_points=counts,
+            interpolation="nearest" if ctx.nearest else "bilinear",
+        )
+
+    by_grad_output, by_value, by_locations, by_weights = _second_derivative(
+        reference, tensors, grad_output, ctx.wanted, grads
+    )
+    return (
+        by_grad_output,
+        by_value,
+        None,  # spatial_shapes
+        None,  # spatial_shapes_tensor
+        None,  # level_start_index
+        by_locations,
+        by_weights,
+        *[None] * 6,  # num_points, nearest, needs_*, deterministic
+    )
+
+
+def _save_fused_backward_inputs(
+    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
+) -> None:
+    grad_output, _, value, shapes, shapes_tensor, _, reference, offsets, logits, *options = inputs
+    num_points, mask, *needs = options
+    ctx.save_for_backward(grad_output, value, reference, offsets, logits, shapes_tensor, mask)
+    ctx.spatial_shapes = shapes
+    ctx.num_points = num_points
+    ctx.wanted = tuple(needs[:4])
+
+
+def _double_fused_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    grad_output, *tensors, shapes_tensor, mask = ctx.saved_tensors
+    shapes, counts = _as_given(ctx.spatial_shapes, shapes_tensor, ctx.num_points)
+
+    def reference(value: Tensor, *points: Tensor) -> Tensor:
+        return ms_deform_attn_fused_reference(
+            value, shapes, None, *points, num_points=counts, padding_mask=mask
+        )
+
+    by_grad_output, by_value, by_reference, by_offsets, by_logits = _second_derivative(
+        reference, tensors, grad_output, ctx.wanted, grads
+    )
+    return (
+        by_grad_output,
+        None,  # output: its part is in the gradients of what it was computed from
+        by_value,
+        None,  # spatial_shapes
+        None,  # spatial_shapes_tensor
+        None,  # level_start_index
+        by_reference,
+        by_offsets,
+        by_logits,
+        *[None] * 7,  # num_points, padding_mask, needs_*, deterministic
     )
 
 
 # ---- autograd ------------------------------------------------------------------------------------
 
+# What torch.library would register for autograd runs in Python for every call, wanted or not, which
+# is twice the time of a small problem, and torch.func refuses it. So a plain eager call goes around
+# what is registered, and what is registered knows torch.func.
 
-def _direct(operator: Any, save_inputs: Any, backward: Any) -> Callable[..., Tensor]:
-    """What calls an operator by the shortest way, with the derivative that is registered below."""
+_INTERNALS = (
+    hasattr(torch._C, "_AutoDispatchBelowAutograd")
+    and hasattr(torch._C, "_get_tracing_state")
+    and hasattr(torch._C, "_len_torch_dispatch_stack")
+    and hasattr(torch._C, "_len_torch_function_stack")
+    and hasattr(torch._C._functorch, "peek_interpreter_stack")
+    and hasattr(torch._functorch.utils, "enable_single_level_autograd_function")
+    and hasattr(torch.autograd.function, "_SingleLevelFunction")
+)
 
-    class Direct(torch.autograd.Function):
+
+def _is_plain(arguments: tuple[Any, ...]) -> bool:
+    """Whether nobody wants to see the call: no tracer, mode, transform or subclass of Tensor."""
+    return (
+        _INTERNALS
+        and not torch.compiler.is_compiling()
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(
+            type(argument) is Tensor or type(argument) is Parameter
+            for argument in arguments
+            if isinstance(argument, Tensor)
+        )
+    )
+
+
+def _wants_graph(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
+    )
+
+
+def _refuse_forward_mode(arguments: tuple[Any, ...]) -> None:
+    """There is no forward-mode derivative; PyTorch would take it to be zero."""
+    if any(
+        forward_ad.unpack_dual(argument).tangent is not None
+        for argument in arguments
+        if isinstance(argument, Tensor)
+    ):
+        raise NotImplementedError(
+            "msda has no forward-mode derivative; use the functions of msda.reference for it"
+        )
+
+
+def _differentiable(name: str, backward: Any, save_inputs: Any) -> Callable[..., Any]:
+    """Give an operator its derivative; return what calls it by the shortest way."""
+    operator = getattr(torch.ops.msda, name).default
+    if not _INTERNALS:
+        torch.library.register_autograd(f"msda::{name}", backward, setup_context=save_inputs)
+        return operator
+
+    class Derivative(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> Tensor:
+        def forward(ctx: Any, *inputs: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 output = operator(*inputs)
             save_inputs(ctx, inputs, output)
             return output
 
-    Direct.backward = staticmethod(backward)  # type: ignore[method-assign]
+    class DerivativeInTransform(torch.autograd.function._SingleLevelFunction):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            # The transforms around this one see the call next, and differentiate it too.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                return Derivative.forward(ctx, *inputs)
 
-    def call(*arguments: Any) -> Tensor:
+    Derivative.backward = DerivativeInTransform.backward = staticmethod(backward)  # type: ignore[method-assign]
+
+    def at_autograd(*arguments: Any) -> Any:
+        _refuse_forward_mode(arguments)
+        if not _wants_graph(arguments):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*arguments)
+        if torch._C._functorch.peek_interpreter_stack() is None:
+            return Derivative.apply(*arguments)
+        with torch._functorch.utils.enable_single_level_autograd_function():
+            return DerivativeInTransform.apply(*arguments)  # type: ignore[attr-defined]
+
+    _REGISTRATIONS.impl(name, at_autograd, "Autograd")
+
+    def call(*arguments: Any) -> Any:
         if not _is_plain(arguments):
             return operator(*arguments)
-        if torch.is_grad_enabled() and any(
-            isinstance(argument, Tensor) and argument.requires_grad for argument in arguments
-        ):
-            return Direct.apply(*arguments)
+        if _wants_graph(arguments):
+            return Derivative.apply(*arguments)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*arguments)
 
     return call
 
 
+# ---- vmap ----------------------------------------------------------------------------------------
+
+
+def _register_vmap(name: str) -> None:
+    """Let vmap make one call of many: the axis that it maps over becomes a part of the batch."""
+    operator = getattr(torch.ops.msda, name).default
+    names = [argument.name for argument in operator._schema.arguments]
+
+    def rule(info: Any, axes: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        def fold(name: str, argument: Any, axis: Any) -> Any:
+            if not isinstance(argument, Tensor):
+                return argument
+            if name in ("spatial_shapes_tensor", "level_start_index"):
+                if axis is not None:
+                    raise RuntimeError(
+                        f"{name.removesuffix('_tensor')} must be the same for all calls that vmap "
+                        f"makes one of, got a tensor that differs along axis {axis}"
+                    )
+                return argument
+            if axis is None:
+                argument, axis = argument.expand(info.batch_size, *argument.shape), 0
+            return argument.movedim(axis, 0).flatten(0, 1)
+
+        def unfold(output: Tensor) -> Tensor:
+            return output.unflatten(0, (info.batch_size, -1))
+
+        outputs = operator(*map(fold, names, arguments, axes))
+        if isinstance(outputs, Tensor):
+            return unfold(outputs), 0
+        # A gradient that nobody wants has one axis, of length 0.
+        wanted = [gradient.dim() > 1 for gradient in outputs]
+        return (
+            tuple(unfold(g) if w else g for g, w in zip(outputs, wanted, strict=True)),
+            tuple(0 if w else None for w in wanted),
+        )
+
+    torch.library.register_vmap(f"msda::{name}", rule)
+
+
+# ---- registration --------------------------------------------------------------------------------
+
+
 if LIBRARY is not None:
-    _FORMS = (
-        ("msda::ms_deform_attn", _fake_forward, _backward, _save_inputs),
-        ("msda::ms_deform_attn_fused", _fake_fused_forward, _fused_backward, _save_fused_inputs),
-        ("msda::_ms_deform_attn_backward", _fake_backward, _refuse_double_backward, None),
-        (
-            "msda::_ms_deform_attn_fused_backward",
-            _fake_fused_backward,
-            _refuse_double_backward,
-            None,
-        ),
+    _REGISTRATIONS = torch.library.Library("msda", "FRAGMENT")
+    for _name, _fake in (
+        ("ms_deform_attn", _fake_forward),
+        ("ms_deform_attn_fused", _fake_fused_forward),
+        ("_ms_deform_attn_backward", _fake_backward),
+        ("_ms_deform_attn_fused_backward", _fake_fused_backward),
+    ):
+        torch.library.register_fake(f"msda::{_name}", _fake)
+        _register_vmap(_name)
+    ms_deform_attn = _differentiable("ms_deform_attn", _backward, _save_inputs)
+    ms_deform_attn_fused = _differentiable(
+        "ms_deform_attn_fused", _fused_backward, _save_fused_inputs
     )
-    for _name, _fake, _grad, _setup in _FORMS:
-        torch.library.register_fake(_name, _fake)
-        torch.library.register_autograd(_name, _grad, setup_context=_setup)
-    ms_deform_attn = _direct(torch.ops.msda.ms_deform_attn.default, _save_inputs, _backward)
-    ms_deform_attn_fused = _direct(
-        torch.ops.msda.ms_deform_attn_fused.default, _save_fused_inputs, _fused_backward
+    _ms_deform_attn_backward = _differentiable(
+        "_ms_deform_attn_backward", _double_backward, _save_backward_inputs
+    )
+    _ms_deform_attn_fused_backward = _differentiable(
+        "_ms_deform_attn_fused_backward", _double_fused_backward, _save_fused_backward_inputs
     )
