@@ -59,9 +59,10 @@ test: build/installed.stamp
 	$(FOR_ARCHITECTURES) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON \
 	  -DPython3_EXECUTABLE=$$($(RUN) -c "import sys; print(sys.executable)")
 	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $$($(RUN) -c "$(SIDE_BY_SIDE)") tests
-	set -e; for capability in $$($(RUN) -c "$(OTHER_CAPABILITIES)"); do \
-	  MSDA_CPU_CAPABILITY=$$capability $(RUN) -m pytest -q $(KERNEL_TESTS); done
+	set -e; workers=$$($(RUN) -c "$(SIDE_BY_SIDE)"); \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $$workers tests; \
+	for capability in $$($(RUN) -c "$(OTHER_CAPABILITIES)"); do \
+	  MSDA_CPU_CAPABILITY=$$capability $(RUN) -m pytest -q $$workers $(KERNEL_TESTS); done
 
 bench: build/installed.stamp
 	$(RUN) benchmarks/bench_operator.py --output $(BENCH)/operator.json
