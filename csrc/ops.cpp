@@ -35,6 +35,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
+using OptionalSizes = std::optional<Sizes>;  // AOTInductor passes nothing for an empty list
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -48,6 +49,11 @@ template <class... Parts>
   do {                                   \
     if (!(condition)) fail(__VA_ARGS__); \
   } while (false)
+
+const Sizes& or_none(const OptionalSizes& sizes) {
+  static const Sizes none;
+  return sizes ? *sizes : none;
+}
 
 std::string to_string(const Sizes& sizes) {
   std::ostringstream text;
@@ -479,22 +485,22 @@ Tensor run_forward(const Call& call, const Pyramid& pyramid) {
   return output;
 }
 
-Tensor ms_deform_attn(const Tensor& value, Sizes spatial_shapes,
+Tensor ms_deform_attn(const Tensor& value, OptionalSizes spatial_shapes,
                       std::optional<Tensor> spatial_shapes_tensor,
                       std::optional<Tensor> level_start_index, const Tensor& sampling_locations,
-                      const Tensor& attention_weights, Sizes num_points, bool nearest) {
-  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
-                        num_points};
+                      const Tensor& attention_weights, OptionalSizes num_points, bool nearest) {
+  const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
+                        or_none(num_points)};
   return run_forward(plain_call(pyramid, sampling_locations, attention_weights, nearest), pyramid);
 }
 
-Tensor ms_deform_attn_fused(const Tensor& value, Sizes spatial_shapes,
+Tensor ms_deform_attn_fused(const Tensor& value, OptionalSizes spatial_shapes,
                             std::optional<Tensor> spatial_shapes_tensor,
                             std::optional<Tensor> level_start_index, const Tensor& reference_points,
                             const Tensor& sampling_offsets, const Tensor& attention_logits,
-                            Sizes num_points, std::optional<Tensor> padding_mask) {
-  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
-                        num_points};
+                            OptionalSizes num_points, std::optional<Tensor> padding_mask) {
+  const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
+                        or_none(num_points)};
   return run_forward(
       fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask),
       pyramid);
@@ -549,12 +555,12 @@ void run_backward(const Call& call, const Pyramid& pyramid, const Tensor& grad_o
 }
 
 std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
-    const Tensor& grad_output, const Tensor& value, Sizes spatial_shapes,
+    const Tensor& grad_output, const Tensor& value, OptionalSizes spatial_shapes,
     std::optional<Tensor> spatial_shapes_tensor, std::optional<Tensor> level_start_index,
-    const Tensor& sampling_locations, const Tensor& attention_weights, Sizes num_points,
+    const Tensor& sampling_locations, const Tensor& attention_weights, OptionalSizes num_points,
     bool nearest, bool needs_value, bool needs_locations, bool needs_weights, bool deterministic) {
-  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
-                        num_points};
+  const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
+                        or_none(num_points)};
   const Call call = plain_call(pyramid, sampling_locations, attention_weights, nearest);
   const Tensor dense_grad_output = dense_like_output(grad_output, "grad_output", call, value);
   const Tensor grad_value = sum_of_gradients(value, needs_value);
@@ -570,13 +576,14 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
-    const Tensor& grad_output, const Tensor& output, const Tensor& value, Sizes spatial_shapes,
-    std::optional<Tensor> spatial_shapes_tensor, std::optional<Tensor> level_start_index,
-    const Tensor& reference_points, const Tensor& sampling_offsets, const Tensor& attention_logits,
-    Sizes num_points, std::optional<Tensor> padding_mask, bool needs_value, bool needs_reference,
-    bool needs_offsets, bool needs_logits, bool deterministic) {
-  const Pyramid pyramid{value, spatial_shapes, spatial_shapes_tensor, level_start_index,
-                        num_points};
+    const Tensor& grad_output, const Tensor& output, const Tensor& value,
+    OptionalSizes spatial_shapes, std::optional<Tensor> spatial_shapes_tensor,
+    std::optional<Tensor> level_start_index, const Tensor& reference_points,
+    const Tensor& sampling_offsets, const Tensor& attention_logits, OptionalSizes num_points,
+    std::optional<Tensor> padding_mask, bool needs_value, bool needs_reference, bool needs_offsets,
+    bool needs_logits, bool deterministic) {
+  const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
+                        or_none(num_points)};
   const Call call =
       fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask);
   const Tensor dense_grad_output = dense_like_output(grad_output, "grad_output", call, value);
@@ -615,24 +622,24 @@ void refuse_cuda(StableIValue*, uint64_t, uint64_t) {
 
 STABLE_TORCH_LIBRARY(msda, m) {
   m.def(
-      "ms_deform_attn(Tensor value, SymInt[] spatial_shapes, Tensor? spatial_shapes_tensor, "
+      "ms_deform_attn(Tensor value, SymInt[]? spatial_shapes, Tensor? spatial_shapes_tensor, "
       "Tensor? level_start_index, Tensor sampling_locations, Tensor attention_weights, "
-      "int[] num_points, bool nearest) -> Tensor");
+      "int[]? num_points, bool nearest) -> Tensor");
   m.def(
-      "_ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[] spatial_shapes, "
+      "_ms_deform_attn_backward(Tensor grad_output, Tensor value, SymInt[]? spatial_shapes, "
       "Tensor? spatial_shapes_tensor, Tensor? level_start_index, Tensor sampling_locations, "
-      "Tensor attention_weights, int[] num_points, bool nearest, bool needs_value, "
+      "Tensor attention_weights, int[]? num_points, bool nearest, bool needs_value, "
       "bool needs_locations, bool needs_weights, bool deterministic=False) -> (Tensor, Tensor, "
       "Tensor)");
   m.def(
-      "ms_deform_attn_fused(Tensor value, SymInt[] spatial_shapes, Tensor? spatial_shapes_tensor, "
+      "ms_deform_attn_fused(Tensor value, SymInt[]? spatial_shapes, Tensor? spatial_shapes_tensor, "
       "Tensor? level_start_index, Tensor reference_points, Tensor sampling_offsets, "
-      "Tensor attention_logits, int[] num_points, Tensor? padding_mask) -> Tensor");
+      "Tensor attention_logits, int[]? num_points, Tensor? padding_mask) -> Tensor");
   m.def(
       "_ms_deform_attn_fused_backward(Tensor grad_output, Tensor output, Tensor value, "
-      "SymInt[] spatial_shapes, Tensor? spatial_shapes_tensor, Tensor? level_start_index, "
+      "SymInt[]? spatial_shapes, Tensor? spatial_shapes_tensor, Tensor? level_start_index, "
       "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
-      "int[] num_points, Tensor? padding_mask, bool needs_value, bool needs_reference, "
+      "int[]? num_points, Tensor? padding_mask, bool needs_value, bool needs_reference, "
       "bool needs_offsets, bool needs_logits, bool deterministic=False) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }

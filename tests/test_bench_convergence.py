@@ -50,7 +50,9 @@ def command(monkeypatch, tmp_path):
         raise AssertionError(f"no run has this folder: {folder}")
 
     experiment = bench.Experiment(
-        "shapes-easy", {"deformable": 4, "dense": 14}, {"deformable": 12, "dense": 26}
+        "shapes-easy",
+        {"deformable": 4, "dense": 14},
+        dict(zip(bench.ARMS, (12, 12, 26, 26), strict=True)),
     )
     monkeypatch.setitem(bench.EXPERIMENTS, "cpu", experiment)
     state = {"training": training_of, "status": 0, "started": started}
@@ -81,7 +83,7 @@ def test_each_arm_trains_all_seeds_with_its_best_learning_rate(command, tmp_path
     epochs = bench.EXPERIMENTS["cpu"].epochs
     for name, arm in results["arms"].items():
         assert [run["seed"] for run in arm["runs"]] == list(bench.SEEDS)
-        assert all(len(run["curve"]) == epochs[bench.kind(name)] for run in arm["runs"])
+        assert all(len(run["curve"]) == epochs[name] for run in arm["runs"])
         assert len(arm["tuning_runs"]) == 2
 
     entry = results["arms"]["deformable"]["thresholds"]["0.1"]

@@ -217,7 +217,6 @@ def package(tmp_path_factory):
     return model, path
 
 
-@pytest.mark.xfail(reason="AOTInductor hands None to an operator for an empty list of ints")
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("MSDA_SLOW") != "1", reason="takes minutes; set MSDA_SLOW=1")
@@ -230,7 +229,6 @@ def test_package_runs_from_python(package):
             torch.testing.assert_close(packaged(*arguments), model(*arguments))
 
 
-@pytest.mark.xfail(reason="AOTInductor hands None to an operator for an empty list of ints")
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.skipif(os.environ.get("MSDA_SLOW") != "1", reason="takes minutes; set MSDA_SLOW=1")
