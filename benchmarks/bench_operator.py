@@ -291,7 +291,7 @@ def main() -> int:
     os.environ[SECONDS] = str(options.seconds)
     selected = Selected(options)
     arguments = [__file__, "-q", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
-    arguments += ["--no-header", "--benchmark-only", "--benchmark-quiet"]
+    arguments += ["--no-header", "--benchmark-only", "--benchmark-quiet", "-p", "no:xdist"]
     status = pytest.main(arguments, plugins=[selected])
     print("\nratios: a rival's time over ours, medians of one run; more is better.")
     if options.output:
