@@ -260,7 +260,7 @@ def write_csv(path: Path, results: dict[str, Any]) -> None:
                     )
 
 
-WIDTHS = (-26, 8, *(16 for _ in THRESHOLDS))
+WIDTHS = (-26, 8, *(18 for _ in THRESHOLDS))
 
 
 def print_summary(results: dict[str, Any]) -> None:

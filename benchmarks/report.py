@@ -236,14 +236,17 @@ def convergence_table() -> str:
             lines.append(f"| {' | '.join(cells)} |")
         epochs = ", ".join(f"{kind} {number}" for kind, number in experiment["epochs"].items())
         tuning = ", ".join(f"{kind} {n}" for kind, n in experiment["tuning_epochs"].items())
-        rates = " or ".join(next(iter(results["arms"].values()))["tuning"])
+        tried = next(iter(results["arms"].values()))["tuning"]
+        rates = " or ".join(tried)
+        highest = [name for name, a in results["arms"].items() if a["lr"] == max(map(float, tried))]
+        at_edge = f" For {' and '.join(highest)} that is the highest tried." if highest else ""
         seconds = "processor" if results["seconds"] == "processor_seconds" else "GPU"
         lines += [
             "",
             f"Epochs, and in brackets {seconds} seconds of training, until validation AP passes a "
             f"threshold: the median of the seeds and, where they differ, least to most. Epochs "
             f"trained: {epochs}. Each arm has the learning rate, of {rates}, with the highest AP "
-            f"after {tuning} epochs.",
+            f"after {tuning} epochs.{at_edge}",
             "",
             f"![AP over epochs and over seconds]({path.with_suffix('.png').relative_to(ROOT)})",
         ]
