@@ -1,15 +1,15 @@
 """Hold speed against the committed ratios: ``make bench-check``; fails where it has got worse.
 
 Compared are ratios within one run, never times: ours against the grid_sample core, the fused call
-against the unfused one, 16 bits against 32, backward against forward, a call on one query against
-an operator of PyTorch's on as little. Both sides of a ratio run in turn on one thread, and the
-fastest call of each counts, because a busy machine only ever adds time. Committed ratios belong to
-the best instruction set of a machine; a machine whose set has none is measured and not judged.
+against the unfused one, 16 bits against 32, a call on one query against an operator of PyTorch's on
+as little. Both sides of a ratio run in turn on one thread, and the fastest call of each counts,
+because a busy machine only ever adds time. Committed ratios belong to a model of processor and an
+instruction set; a machine of which there are none is measured and not judged.
 
 A ratio may be lower than the committed one by ``MARGIN``. One that is lower is measured anew, up to
-``ATTEMPTS`` times, and fails if it is lower every time. That is wide enough for a shared machine
-and another model of processor, and narrow enough for what this is to notice: a kernel that is no
-longer vectorised, a copy or a check that was added to every call.
+``ATTEMPTS`` times, and fails if it is lower every time. That is wide enough for a shared machine,
+and narrow enough for what this is to notice: a kernel that is no longer vectorised, a copy or a
+check that was added to every call.
 
     python benchmarks/bench_check.py                  two minutes
     python benchmarks/bench_check.py --thorough       more time for each ratio, half the margin
@@ -160,13 +160,13 @@ def main() -> int:
     torch.set_num_threads(1)
 
     machine = cpu_machine()
-    capability = str(machine["cpu_capability"])
+    kind = f"{machine['cpu']}, {machine['cpu_capability']}"
     everything = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
-    committed = everything.get(capability, {}).get("ratios", {})
+    committed = everything.get(kind, {}).get("ratios", {})
     margin = THOROUGH_MARGIN if options.thorough else MARGIN
-    print(f"{machine['cpu']}, {capability} kernels, torch {machine['torch']}")
+    print(f"{kind} kernels, torch {machine['torch']}")
     if not committed:
-        print(f"{COMMITTED.name} holds no ratios of {capability}: measured, not judged.")
+        print(f"{COMMITTED.name} holds no ratios of {kind}: measured, not judged.")
 
     widths = (-30, 11, 9, 9, 10)
     print("\n" + table_line(("ratio", "committed", "least", "now", ""), widths))
@@ -185,7 +185,7 @@ def main() -> int:
         print(table_line((name, *known, f"{found['ratio']:.2f}x", verdict), widths), flush=True)
 
     if options.write:
-        write_json(COMMITTED, everything | {capability: {"machine": machine, "ratios": ratios}})
+        write_json(COMMITTED, everything | {kind: {"machine": machine, "ratios": ratios}})
         print(f"written: {COMMITTED}")
         return 0
     if worse:
