@@ -57,7 +57,6 @@ class Experiment:
     preset: str  # of the detector
     tuning_epochs: dict[str, int]  # by kind of attention
     epochs: dict[str, int]  # by arm
-    options: tuple[str, ...] = ()
 
 
 EXPERIMENTS = {
@@ -134,7 +133,7 @@ class Training:
             rate = str(self.lr)
             which = ["--preset", experiment.preset, "--output", str(folder), *ARMS[self.arm]]
             which += ["--lr", rate, "--lr-backbone", rate, "--seed", str(self.seed)]
-            which += ["--schedule", "step", "--lr-drop", "1000000", *experiment.options]
+            which += ["--schedule", "step", "--lr-drop", "1000000"]
         return [
             *(sys.executable, str(TRAIN), *which, "--epochs", str(self.epochs)),
             *("--device", device),
