@@ -10,12 +10,12 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <iomanip>
 #include <new>
 #include <optional>
 #include <sstream>
@@ -25,6 +25,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "problem.h"
@@ -32,65 +33,15 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace msda {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
 using OptionalSizes = std::optional<Sizes>;  // AOTInductor passes nothing for an empty list
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::runtime_error(message.str());
-}
-
-// A macro, so that the parts of the message are put together only where it is needed.
-#define MSDA_CHECK(condition, ...)       \
-  do {                                   \
-    if (!(condition)) fail(__VA_ARGS__); \
-  } while (false)
 
 const Sizes& or_none(const OptionalSizes& sizes) {
   static const Sizes none;
   return sizes ? *sizes : none;
 }
 
-std::string to_string(const Sizes& sizes) {
-  std::ostringstream text;
-  text << "(";
-  for (size_t i = 0; i < sizes.size(); ++i) text << (i == 0 ? "" : ", ") << sizes[i];
-  text << (sizes.size() == 1 ? ",)" : ")");
-  return text.str();
-}
-
-// The tensor itself where it is contiguous: asking torch's dispatcher would take a microsecond.
-Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
-}
-
-Sizes sizes_of(const Tensor& tensor) {
-  Sizes sizes(tensor.dim());
-  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = tensor.size(i);
-  return sizes;
-}
-
-void check_shape(const Tensor& tensor, const char* name, const char* letters,
-                 const Sizes& expected) {
-  MSDA_CHECK(sizes_of(tensor) == expected, name, " must have shape ", letters, " = ",
-             to_string(expected), ", got ", to_string(sizes_of(tensor)));
-}
-
-void check_device(const Tensor& tensor, const char* name, const Tensor& value) {
-  MSDA_CHECK(tensor.device() == value.device(), name, " must be on the device of value (",
-             value.is_cpu() ? "cpu" : "cuda", "), got a tensor on ",
-             tensor.is_cpu() ? "cpu" : "cuda", tensor.is_cpu() ? "" : ":",
-             tensor.is_cpu() ? "" : std::to_string(tensor.get_device()));
-}
-
-DType dtype_of(const Tensor& tensor, const char* name) {
+DType kernel_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
     case ScalarType::Double:
       return DType::kFloat64;
     case ScalarType::Half:
@@ -98,39 +49,105 @@ DType dtype_of(const Tensor& tensor, const char* name) {
     case ScalarType::BFloat16:
       return DType::kBFloat16;
     default:
-      fail(name, " must be float32, float64, float16 or bfloat16, got ",
-           torch::headeronly::toString(tensor.scalar_type()));
+      return DType::kFloat32;
   }
-  return DType::kFloat32;
 }
 
-ConstArray const_array(const Tensor& tensor, const char* name) {
-  return {tensor.const_data_ptr(), dtype_of(tensor, name)};
+ConstArray const_array(const Tensor& tensor) {
+  return {tensor.const_data_ptr(), kernel_dtype(tensor)};
 }
 
 Array mutable_array(const Tensor& tensor) {
   if (tensor.numel() == 0) return {};
-  return {tensor.mutable_data_ptr(), dtype_of(tensor, "gradient")};
+  return {tensor.mutable_data_ptr(), kernel_dtype(tensor)};
 }
 
-void check_is_integer(const Tensor& tensor, const char* name) {
-  const ScalarType type = tensor.scalar_type();
-  MSDA_CHECK(type == ScalarType::Long || type == ScalarType::Int, name,
-             " must be int64 or int32, got ", torch::headeronly::toString(type));
+// ---- memory -------------------------------------------------------------------------------------
+
+int element_size(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+    case ScalarType::Long:
+      return 8;
+    case ScalarType::Float:
+    case ScalarType::Int:
+      return 4;
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+std::string amount(double bytes) {
+  std::ostringstream text;
+  text << std::fixed << std::setprecision(1);
+  bytes < 1e9 ? text << bytes / 1e6 << " MB" : text << bytes / 1e9 << " GB";
+  return text.str();
+}
+
+// What programs look for that try again with less.
+const char* out_of_memory(bool on_cpu) {
+  return on_cpu ? "DefaultCPUAllocator: can't allocate memory" : "CUDA out of memory.";
+}
+
+// The result of allocate(), which makes a tensor of a shape and type where `like` is. name, what:
+// said where there is no memory for it.
+template <class F>
+Tensor in_memory(const char* name, const char* what, const Tensor& like, const Sizes& sizes,
+                 ScalarType type, const F& allocate) {
+  try {
+    return allocate();
+  } catch (const std::exception&) {
+    double bytes = element_size(type);
+    for (const int64_t size : sizes) bytes *= double(size);
+    fail(name, " must fit into memory", what, ", got ", to_string(sizes), " of ", dtype_name(type),
+         " on ", device_name(like), ", ", amount(bytes), ": ", out_of_memory(like.is_cpu()));
+  }
+}
+
+Sizes sizes_of(const Tensor& tensor) {
+  const auto sizes = tensor.sizes();
+  return Sizes(sizes.begin(), sizes.end());
+}
+
+Tensor new_empty(const char* name, const Tensor& like, const Sizes& sizes, ScalarType type) {
+  return in_memory(name, "", like, sizes, type,
+                   [&] { return torch::stable::new_empty(like, sizes, type); });
+}
+
+// The tensor itself where it is contiguous: asking torch's dispatcher would take a microsecond.
+Tensor dense(const Tensor& tensor, const char* name) {
+  if (tensor.is_contiguous()) return tensor;
+  return in_memory(name, " once more, without gaps", tensor, sizes_of(tensor), tensor.scalar_type(),
+                   [&] { return torch::stable::contiguous(tensor); });
+}
+
+Tensor converted(const Tensor& tensor, const char* name, ScalarType type) {
+  if (tensor.scalar_type() == type) return tensor;
+  return in_memory(name, "", tensor, sizes_of(tensor), type,
+                   [&] { return torch::stable::to(tensor, type); });
 }
 
 // The elements of an integer tensor on the CPU.
 Sizes read_integers(const Tensor& tensor, const char* name) {
-  check_is_integer(tensor, name);
-  const ScalarType type = tensor.scalar_type();
-  const Tensor given = dense(tensor);
+  const Tensor given = dense(tensor, name);
   Sizes numbers(given.numel());
+  const auto* const bytes = static_cast<const char*>(given.const_data_ptr());
   for (size_t i = 0; i < numbers.size(); ++i) {
-    numbers[i] = type == ScalarType::Long ? given.const_data_ptr<int64_t>()[i]
-                                          : given.const_data_ptr<int32_t>()[i];
+    if (given.scalar_type() == ScalarType::Long) {
+      std::memcpy(&numbers[i], bytes + 8 * i, 8);
+    } else {
+      int32_t number;
+      std::memcpy(&number, bytes + 4 * i, 4);
+      numbers[i] = number;
+    }
   }
   return numbers;
 }
+
+// ---- checks -------------------------------------------------------------------------------------
 
 // From here on float32 does not hold every integer.
 constexpr int64_t kMaxSide = int64_t(1) << 24;
@@ -149,18 +166,21 @@ struct Call {
   Problem problem{};
   std::vector<Level> levels;
   std::vector<Tensor> kept;
+  Known known;
 
-  const Tensor& keep(const Tensor& tensor) {
-    kept.push_back(dense(tensor));
+  const Tensor& keep(const Tensor& tensor, const Argument& argument) {
+    kept.push_back(dense(tensor, argument.name));
     return kept.back();
   }
 
   // The same for numbers that CUDA kernels read in pairs, which must be aligned to pairs.
-  const Tensor& keep_pairs(const Tensor& tensor) {
-    const Tensor& kept_tensor = keep(tensor);
+  const Tensor& keep_pairs(const Tensor& tensor, const Argument& argument) {
+    const Tensor& kept_tensor = keep(tensor, argument);
     const auto address = reinterpret_cast<uintptr_t>(kept_tensor.const_data_ptr());
     if (kept_tensor.is_cpu() || address % (2 * kept_tensor.element_size()) == 0) return kept_tensor;
-    return kept.back() = torch::stable::clone(kept_tensor);
+    return kept.back() =
+               in_memory(argument.name, " once more, aligned", tensor, sizes_of(tensor),
+                         tensor.scalar_type(), [&] { return torch::stable::clone(kept_tensor); });
   }
 };
 
@@ -171,56 +191,64 @@ bool shapes_are_on_gpu(const Pyramid& pyramid) {
 }
 
 // All numbers are 0 where the GPU alone knows them.
-Sizes read_spatial_shapes(const Pyramid& pyramid) {
+Sizes read_spatial_shapes(const Pyramid& pyramid, Known& known) {
   if (!pyramid.spatial_shapes_tensor) {
     MSDA_CHECK(pyramid.spatial_shapes.size() % 2 == 0,
                "spatial_shapes must hold (height, width) pairs, got ",
                pyramid.spatial_shapes.size(), " numbers");
+    known[kL] = pyramid.spatial_shapes.size() / 2;
     return pyramid.spatial_shapes;
   }
+  MSDA_CHECK(pyramid.spatial_shapes.empty(),
+             "spatial_shapes must be given as numbers or as a tensor, got both");
   const Tensor& shapes = *pyramid.spatial_shapes_tensor;
-  MSDA_CHECK(shapes.dim() == 2 && shapes.size(1) == 2,
-             "spatial_shapes must have shape (L, 2), got ", to_string(sizes_of(shapes)));
-  if (!shapes.is_cpu()) {
-    MSDA_CHECK(!pyramid.value.is_cpu(),
-               "spatial_shapes must be on the CPU when value is, got a tensor on cuda");
-    check_device(shapes, "spatial_shapes", pyramid.value);
-    check_is_integer(shapes, "spatial_shapes");
-    return Sizes(2 * shapes.size(0), 0);
-  }
-  return read_integers(shapes, "spatial_shapes");
+  check(shapes, kSpatialShapes, known);
+  return shapes.is_cpu() ? read_integers(shapes, kSpatialShapes.name) : Sizes(2 * known[kL], 0);
 }
 
 // Checks value and the pyramid's metadata and fills in all sizes but those of queries and points.
 void read_pyramid(const Pyramid& pyramid, Call& call) {
   const Tensor& value = pyramid.value;
-  MSDA_CHECK(value.dim() == 4, "value must have shape (B, S, M, D), got ",
-             to_string(sizes_of(value)));
+  Known& known = call.known;
+  known.value = &value;
+  known.ragged = !pyramid.num_points.empty();
+  check(value, kValue, known);
+#ifdef MSDA_WITH_CUDA
+  MSDA_CHECK(value.is_cpu() || value.is_cuda(),
+             "value must be on the CPU or on a CUDA device, got ", "a tensor on ",
+             device_name(value));
+#else
+  MSDA_CHECK(value.is_cpu(), "value must be on the CPU, got a tensor on ", device_name(value),
+             ": this build of msda has no CUDA kernels. Install it where nvcc is found "
+             "(MSDA_CUDA=1 to insist), or set MSDA_BACKEND=reference.");
+#endif
+  int64_t channels;
+  MSDA_CHECK(!__builtin_mul_overflow(known[kM], known[kD], &channels),
+             "value must hold fewer than 2^63 channels, got ", to_string(value.sizes()));
   Problem& problem = call.problem;
-  problem.batch = value.size(0);
-  problem.num_keys = value.size(1);
-  problem.num_heads = value.size(2);
-  problem.head_dim = value.size(3);
-  problem.value = const_array(call.keep(value), "value");
+  problem.batch = known[kB];
+  problem.num_keys = known[kS];
+  problem.num_heads = known[kM];
+  problem.head_dim = known[kD];
+  problem.value = const_array(call.keep(value, kValue));
 
-  const Sizes shapes = read_spatial_shapes(pyramid);
-  problem.num_levels = shapes.size() / 2;
+  const Sizes shapes = read_spatial_shapes(pyramid, known);
+  problem.num_levels = known[kL];
   MSDA_CHECK(problem.num_levels > 0, "spatial_shapes must hold at least one level, got none");
-  const bool known = !shapes_are_on_gpu(pyramid);
-  const bool ragged = !pyramid.num_points.empty();
-  MSDA_CHECK(!ragged || int64_t(pyramid.num_points.size()) == problem.num_levels,
+  const bool on_host = !shapes_are_on_gpu(pyramid);
+  MSDA_CHECK(!known.ragged || int64_t(pyramid.num_points.size()) == problem.num_levels,
              "num_points must hold one count per level (", problem.num_levels, "), got ",
              to_string(pyramid.num_points));
   Sizes starts;
   int64_t start = 0;
   for (int64_t l = 0; l < problem.num_levels; ++l) {
     const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
-    MSDA_CHECK(!known || (height > 0 && width > 0), "spatial_shapes must be positive, got ",
+    MSDA_CHECK(!on_host || (height > 0 && width > 0), "spatial_shapes must be positive, got ",
                to_string(shapes));
     MSDA_CHECK(std::max(height, width) <= kMaxSide || value.scalar_type() == ScalarType::Double,
                "spatial_shapes must be at most 2^24 on a side, where float32 coordinates end, got ",
                to_string(shapes));
-    const int64_t points = ragged ? pyramid.num_points[l] : 0;
+    const int64_t points = known.ragged ? pyramid.num_points[l] : 0;
     MSDA_CHECK(points >= 0, "num_points must not be negative, got ", to_string(pyramid.num_points));
     call.levels.push_back({height, width, start, points});
     starts.push_back(start);
@@ -231,63 +259,51 @@ void read_pyramid(const Pyramid& pyramid, Call& call) {
                " keys of value, got 2^63 pixels or more: ", to_string(shapes));
   }
   problem.levels = call.levels.data();
-  MSDA_CHECK(!known || start == problem.num_keys,
+  MSDA_CHECK(!on_host || start == problem.num_keys,
              "spatial_shapes must cover the S = ", problem.num_keys, " keys of value, got ", start,
              " pixels: ", to_string(shapes));
 
   // The start of a level follows from the shapes: where both are on the CPU it is checked, else it
   // is not read.
-  if (known && pyramid.level_start_index && pyramid.level_start_index->is_cpu()) {
-    MSDA_CHECK(pyramid.level_start_index->dim() == 1,
-               "level_start_index must have shape (L,), got ",
-               to_string(sizes_of(*pyramid.level_start_index)));
-    const Sizes given = read_integers(*pyramid.level_start_index, "level_start_index");
+  if (!pyramid.level_start_index) return;
+  check(*pyramid.level_start_index, kLevelStartIndex, known);
+  if (on_host && pyramid.level_start_index->is_cpu()) {
+    const Sizes given = read_integers(*pyramid.level_start_index, kLevelStartIndex.name);
     MSDA_CHECK(given == starts, "level_start_index must be the running sum of height * width, ",
                to_string(starts), ", got ", to_string(given));
   }
 }
 
-// Checks the per-sample tensors: points (B, Q, M, L, P, 2) or ragged (B, Q, M, K, 2), weights alike
-// without the last axis.
-void read_samples(const Pyramid& pyramid, const Tensor& points, const char* points_name,
-                  const Tensor& weights, const char* weights_name, Call& call) {
+// Checks the per-sample tensors and fills in the sizes of queries and points.
+void read_samples(const Pyramid& pyramid, const Tensor& points, const Argument& points_row,
+                  const Tensor& weights, const Argument& weights_row, Call& call) {
   Problem& problem = call.problem;
-  check_device(points, points_name, pyramid.value);
-  check_device(weights, weights_name, pyramid.value);
-  const bool ragged = !pyramid.num_points.empty();
-  const char* const letters = ragged ? "(B, Q, M, K, 2)" : "(B, Q, M, L, P, 2)";
-  MSDA_CHECK(points.dim() == (ragged ? 5 : 6), points_name, " must have shape ", letters, ", got ",
-             to_string(sizes_of(points)));
-  problem.num_queries = points.size(1);
-  Sizes expected = {problem.batch, problem.num_queries, problem.num_heads};
-  if (ragged) {
-    int64_t rest = points.size(3);
+  Known& known = call.known;
+  check(points, points_row, known);
+  if (known.ragged) {
+    int64_t rest = known[kK];
     for (const Level& level : call.levels)
       rest = level.num_points <= rest ? rest - level.num_points : -1;
-    MSDA_CHECK(rest == 0, "num_points must sum to the K = ", points.size(3), " samples of ",
-               points_name, ", got ", to_string(pyramid.num_points));
-    problem.num_samples = points.size(3);
-    expected.push_back(problem.num_samples);
+    MSDA_CHECK(rest == 0, "num_points must sum to the K = ", known[kK], " samples of ",
+               points_row.name, ", got ", to_string(pyramid.num_points));
   } else {
-    const int64_t num_points = points.size(4);
-    for (Level& level : call.levels) level.num_points = num_points;
-    problem.num_samples = problem.num_levels * num_points;
-    expected.push_back(problem.num_levels);
-    expected.push_back(num_points);
+    MSDA_CHECK(!__builtin_mul_overflow(known[kL], known[kP], &known[kK]), points_row.name,
+               " must hold fewer than 2^63 samples, got ", to_string(points.sizes()));
+    for (Level& level : call.levels) level.num_points = known[kP];
   }
-  check_shape(weights, weights_name, ragged ? "(B, Q, M, K)" : "(B, Q, M, L, P)", expected);
-  expected.push_back(2);
-  check_shape(points, points_name, letters, expected);
-  problem.points = const_array(call.keep_pairs(points), points_name);
-  problem.weights = const_array(call.keep(weights), weights_name);
+  check(weights, weights_row, known);
+  problem.num_queries = known[kQ];
+  problem.num_samples = known[kK];
+  problem.points = const_array(call.keep_pairs(points, points_row));
+  problem.weights = const_array(call.keep(weights, weights_row));
 }
 
 Call plain_call(const Pyramid& pyramid, const Tensor& sampling_locations,
                 const Tensor& attention_weights, bool nearest) {
   Call call;
   read_pyramid(pyramid, call);
-  read_samples(pyramid, sampling_locations, "sampling_locations", attention_weights,
-               "attention_weights", call);
+  read_samples(pyramid, sampling_locations, kSamplingLocations, attention_weights,
+               kAttentionWeights, call);
   call.problem.nearest = nearest;
   return call;
 }
@@ -297,29 +313,18 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
                 const std::optional<Tensor>& padding_mask) {
   Call call;
   read_pyramid(pyramid, call);
-  read_samples(pyramid, sampling_offsets, "sampling_offsets", attention_logits, "attention_logits",
+  read_samples(pyramid, sampling_offsets, kSamplingOffsets, attention_logits, kAttentionLogits,
                call);
   Problem& problem = call.problem;
 
-  check_device(reference_points, "reference_points", pyramid.value);
-  const Sizes shape = sizes_of(reference_points);
-  const bool valid =
-      shape.size() == 4 && shape[0] == problem.batch && shape[1] == problem.num_queries &&
-      (shape[2] == problem.num_levels || shape[2] == 1) && (shape[3] == 2 || shape[3] == 4);
-  MSDA_CHECK(valid, "reference_points must have shape (B, Q, L or 1, 2 or 4) = (", problem.batch,
-             ", ", problem.num_queries, ", ", problem.num_levels, " or 1, 2 or 4), got ",
-             to_string(shape));
-  problem.reference = const_array(call.keep_pairs(reference_points), "reference_points");
-  problem.reference_levels = shape[2];
-  problem.reference_size = shape[3];
+  check(reference_points, kReferencePoints, call.known);
+  problem.reference = const_array(call.keep_pairs(reference_points, kReferencePoints));
+  problem.reference_levels = reference_points.size(2);
+  problem.reference_size = reference_points.size(3);
 
   if (padding_mask) {
-    check_device(*padding_mask, "padding_mask", pyramid.value);
-    check_shape(*padding_mask, "padding_mask", "(B, S)", {problem.batch, problem.num_keys});
-    MSDA_CHECK(padding_mask->scalar_type() == ScalarType::Bool,
-               "padding_mask must be bool (True = padding), got ",
-               torch::headeronly::toString(padding_mask->scalar_type()));
-    problem.padding_mask = call.keep(*padding_mask).const_data_ptr<bool>();
+    check(*padding_mask, kPaddingMask, call.known);
+    problem.padding_mask = call.keep(*padding_mask, kPaddingMask).const_data_ptr<bool>();
   }
   return call;
 }
@@ -338,15 +343,16 @@ constexpr int64_t kMinWorkPerThread = 1 << 17;
 // torch's parallel_for, with exceptions handed through: torch would name only the call that failed.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
-  std::atomic<bool> out_of_memory{false};
+  std::atomic<int64_t> missing{0};
   torch::stable::parallel_for(begin, end, grain, [&](int64_t first, int64_t last) {
     try {
       f(first, last);
-    } catch (const std::bad_alloc&) {
-      out_of_memory = true;
+    } catch (const OutOfMemory& error) {
+      missing = error.bytes;
     }
   });
-  MSDA_CHECK(!out_of_memory, "msda ran out of memory for the scratch space of its CPU kernels");
+  MSDA_CHECK(missing == 0, "the scratch space of the CPU kernels must fit into memory, got ",
+             amount(double(missing)), " for each thread: ", out_of_memory(true));
 }
 
 int64_t grain_size(int64_t work_per_item) {
@@ -418,13 +424,13 @@ void with_cuda(const Call& call, const Pyramid& pyramid, const F& f) {
   const bool on_gpu = shapes_are_on_gpu(pyramid);
   std::optional<Tensor> shapes, level_table;
   if (on_gpu) {
-    shapes = torch::stable::contiguous(*pyramid.spatial_shapes_tensor);
+    shapes = dense(*pyramid.spatial_shapes_tensor, kSpatialShapes.name);
     cuda_call.spatial_shapes = shapes->const_data_ptr();
     cuda_call.shapes_are_int64 = shapes->scalar_type() == ScalarType::Long;
   }
   const int64_t table_bytes = level_table_bytes(call.problem.num_levels, on_gpu);
   if (table_bytes > 0) {
-    level_table = torch::stable::new_empty(pyramid.value, {table_bytes}, ScalarType::Byte);
+    level_table = new_empty("the table of levels", pyramid.value, {table_bytes}, ScalarType::Byte);
     cuda_call.level_table = level_table->mutable_data_ptr();
   }
   f(cuda_call);
@@ -453,8 +459,9 @@ void run_backward_cuda(const Problem& problem, const BackwardInputs& inputs,
   if (!gathers) return;
   const int64_t num_samples =
       problem.batch * problem.num_queries * problem.num_heads * problem.num_samples;
-  const Tensor cells = torch::stable::new_empty(value, {num_samples}, ScalarType::Long);
-  const Tensor weights = torch::stable::new_empty(value, {num_samples, 4}, sum_type(value));
+  const char* const name = "the scratch space of a deterministic backward";
+  const Tensor cells = new_empty(name, value, {num_samples}, ScalarType::Long);
+  const Tensor weights = new_empty(name, value, {num_samples, 4}, sum_type(value));
   SortedSamples samples;
   samples.cells = cells.mutable_data_ptr<int64_t>();
   samples.weights = weights.mutable_data_ptr();
@@ -471,8 +478,10 @@ void run_backward_cuda(const Problem& problem, const BackwardInputs& inputs,
 
 Tensor run_forward(const Call& call, const Pyramid& pyramid) {
   const Problem& problem = call.problem;
-  const Tensor output = torch::stable::new_empty(
-      pyramid.value, {problem.batch, problem.num_queries, problem.num_heads * problem.head_dim});
+  const Tensor output =
+      new_empty(kOutput.name, pyramid.value,
+                {problem.batch, problem.num_queries, problem.num_heads * problem.head_dim},
+                pyramid.value.scalar_type());
   if (output.numel() == 0) return output;
   const ForwardOutputs outputs{mutable_array(output)};
 #ifdef MSDA_WITH_CUDA
@@ -506,29 +515,19 @@ Tensor ms_deform_attn_fused(const Tensor& value, OptionalSizes spatial_shapes,
       pyramid);
 }
 
-// grad_output, or the forward's output, as the kernels read it.
-Tensor dense_like_output(const Tensor& tensor, const char* name, const Call& call,
-                         const Tensor& value) {
-  const Problem& problem = call.problem;
-  check_device(tensor, name, value);
-  check_shape(tensor, name, "(B, Q, M * D)",
-              {problem.batch, problem.num_queries, problem.num_heads * problem.head_dim});
-  MSDA_CHECK(tensor.scalar_type() == value.scalar_type(), name, " must have the dtype of value (",
-             torch::headeronly::toString(value.scalar_type()), "), got ",
-             torch::headeronly::toString(tensor.scalar_type()));
-  return dense(tensor);
-}
-
 // An uninitialised gradient of input, or an empty tensor where none is wanted. The kernels write
 // every element.
-Tensor gradient_of(const Tensor& input, bool wanted) {
-  return torch::stable::new_empty(input, wanted ? sizes_of(input) : Sizes{0});
+Tensor gradient_of(const Tensor& input, const char* name, bool wanted) {
+  return new_empty(name, input, wanted ? sizes_of(input) : Sizes{0}, input.scalar_type());
 }
 
 // The same for value. CUDA kernels add to it, which takes zeros, and at least 32 bits.
 Tensor sum_of_gradients(const Tensor& value, bool wanted) {
-  if (value.is_cpu() || !wanted) return gradient_of(value, wanted);
-  return torch::stable::new_zeros(value, sizes_of(value), sum_type(value));
+  constexpr char kName[] = "grad_value";
+  if (value.is_cpu() || !wanted) return gradient_of(value, kName, wanted);
+  const Sizes sizes = sizes_of(value);
+  return in_memory(kName, "", value, sizes, sum_type(value),
+                   [&] { return torch::stable::new_zeros(value, sizes, sum_type(value)); });
 }
 
 // gradients: those that outputs points into, grad_value first.
@@ -536,12 +535,14 @@ void run_backward(const Call& call, const Pyramid& pyramid, const Tensor& grad_o
                   const Tensor* output, const BackwardOutputs& outputs,
                   std::vector<Tensor> gradients, bool deterministic) {
   const Problem& problem = call.problem;
+  const auto is_empty = [](const Tensor& gradient) { return gradient.numel() == 0; };
+  if (std::all_of(gradients.begin(), gradients.end(), is_empty)) return;
   if (grad_output.numel() == 0 || problem.num_samples == 0) {
     for (Tensor& gradient : gradients) torch::stable::zero_(gradient);
     return;
   }
-  const BackwardInputs inputs{const_array(grad_output, "grad_output"),
-                              output ? const_array(*output, "output") : ConstArray{}};
+  const BackwardInputs inputs{const_array(grad_output),
+                              output ? const_array(*output) : ConstArray{}};
 #ifdef MSDA_WITH_CUDA
   if (!pyramid.value.is_cpu()) {
     with_cuda(call, pyramid, [&](const CudaCall& cuda) {
@@ -561,18 +562,21 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     bool nearest, bool needs_value, bool needs_locations, bool needs_weights, bool deterministic) {
   const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
                         or_none(num_points)};
-  const Call call = plain_call(pyramid, sampling_locations, attention_weights, nearest);
-  const Tensor dense_grad_output = dense_like_output(grad_output, "grad_output", call, value);
+  Call call = plain_call(pyramid, sampling_locations, attention_weights, nearest);
+  check(grad_output, kGradOutput, call.known);
+  const Tensor dense_grad_output = dense(grad_output, kGradOutput.name);
   const Tensor grad_value = sum_of_gradients(value, needs_value);
-  const Tensor grad_locations = gradient_of(sampling_locations, needs_locations);
-  const Tensor grad_weights = gradient_of(attention_weights, needs_weights);
+  const Tensor grad_locations =
+      gradient_of(sampling_locations, "grad_sampling_locations", needs_locations);
+  const Tensor grad_weights =
+      gradient_of(attention_weights, "grad_attention_weights", needs_weights);
   BackwardOutputs outputs;
   outputs.grad_value = mutable_array(grad_value);
   outputs.grad_points = mutable_array(grad_locations);
   outputs.grad_weights = mutable_array(grad_weights);
   run_backward(call, pyramid, dense_grad_output, nullptr, outputs,
                {grad_value, grad_locations, grad_weights}, deterministic);
-  return {torch::stable::to(grad_value, value.scalar_type()), grad_locations, grad_weights};
+  return {converted(grad_value, "grad_value", value.scalar_type()), grad_locations, grad_weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
@@ -584,19 +588,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
     bool needs_logits, bool deterministic) {
   const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
                         or_none(num_points)};
-  const Call call =
+  Call call =
       fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask);
-  const Tensor dense_grad_output = dense_like_output(grad_output, "grad_output", call, value);
-  const Tensor dense_output = dense_like_output(output, "output", call, value);
+  check(grad_output, kGradOutput, call.known);
+  check(output, kOutput, call.known);
+  const Tensor dense_grad_output = dense(grad_output, kGradOutput.name);
+  const Tensor dense_output = dense(output, kOutput.name);
   const Tensor grad_value = sum_of_gradients(value, needs_value);
-  const Tensor grad_reference = gradient_of(reference_points, needs_reference);
+  const Tensor grad_reference =
+      gradient_of(reference_points, "grad_reference_points", needs_reference);
   // The gradient of the reference points is summed from that of the offsets, which must then not be
   // rounded to 16 bits on the way.
+  const char* const offsets_name = "grad_sampling_offsets";
   const Tensor grad_offsets =
       needs_reference
-          ? torch::stable::new_empty(sampling_offsets, sizes_of(sampling_offsets), sum_type(value))
-          : gradient_of(sampling_offsets, needs_offsets);
-  const Tensor grad_logits = gradient_of(attention_logits, needs_logits);
+          ? new_empty(offsets_name, sampling_offsets, sizes_of(sampling_offsets), sum_type(value))
+          : gradient_of(sampling_offsets, offsets_name, needs_offsets);
+  const Tensor grad_logits = gradient_of(attention_logits, "grad_attention_logits", needs_logits);
   BackwardOutputs outputs;
   outputs.grad_value = mutable_array(grad_value);
   outputs.grad_points = mutable_array(grad_offsets);
@@ -604,19 +612,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
   outputs.grad_reference = mutable_array(grad_reference);
   run_backward(call, pyramid, dense_grad_output, &dense_output, outputs,
                {grad_value, grad_offsets, grad_logits, grad_reference}, deterministic);
-  return {torch::stable::to(grad_value, value.scalar_type()), grad_reference,
-          needs_offsets ? torch::stable::to(grad_offsets, sampling_offsets.scalar_type())
-                        : gradient_of(sampling_offsets, false),
+  return {converted(grad_value, "grad_value", value.scalar_type()), grad_reference,
+          needs_offsets ? converted(grad_offsets, offsets_name, sampling_offsets.scalar_type())
+                        : gradient_of(sampling_offsets, offsets_name, false),
           grad_logits};
 }
 
-#ifndef MSDA_WITH_CUDA
-void refuse_cuda(StableIValue*, uint64_t, uint64_t) {
-  throw std::runtime_error(
-      "value must be on the CPU, got a CUDA tensor: this build of msda has no CUDA kernels. "
-      "Install it where nvcc is found (MSDA_CUDA=1 to insist), or set MSDA_BACKEND=reference.");
+template <class Library>
+void implement(Library& m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn));
+  m.impl("_ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&ms_deform_attn_fused));
+  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&ms_deform_attn_fused_backward));
 }
-#endif
 
 }  // namespace
 
@@ -644,26 +652,10 @@ STABLE_TORCH_LIBRARY(msda, m) {
       "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(msda, CPU, m) {
-  m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn));
-  m.impl("_ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward));
-  m.impl("ms_deform_attn_fused", TORCH_BOX(&ms_deform_attn_fused));
-  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&ms_deform_attn_fused_backward));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(msda, CUDA, m) {
-#ifdef MSDA_WITH_CUDA
-  m.impl("ms_deform_attn", TORCH_BOX(&ms_deform_attn));
-  m.impl("_ms_deform_attn_backward", TORCH_BOX(&ms_deform_attn_backward));
-  m.impl("ms_deform_attn_fused", TORCH_BOX(&ms_deform_attn_fused));
-  m.impl("_ms_deform_attn_fused_backward", TORCH_BOX(&ms_deform_attn_fused_backward));
-#else
-  m.impl("ms_deform_attn", &refuse_cuda);
-  m.impl("_ms_deform_attn_backward", &refuse_cuda);
-  m.impl("ms_deform_attn_fused", &refuse_cuda);
-  m.impl("_ms_deform_attn_fused_backward", &refuse_cuda);
-#endif
-}
+STABLE_TORCH_LIBRARY_IMPL(msda, CPU, m) { implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(msda, CUDA, m) { implement(m); }
+// All others (sparse and quantised tensors, other devices): the checks refuse them by name.
+STABLE_TORCH_LIBRARY_IMPL(msda, CompositeExplicitAutograd, m) { implement(m); }
 
 }  // namespace msda
 
@@ -694,6 +686,12 @@ __attribute__((visibility("default"))) const char* msda_cuda_architectures() {
 #else
   return "";
 #endif
+}
+
+// The table of arguments, for the test that holds msda/checks.py against it.
+__attribute__((visibility("default"))) const char* msda_arguments() {
+  static const std::string text = msda::describe_arguments();
+  return text.c_str();
 }
 
 __attribute__((visibility("default"))) const char* msda_built_with_torch() {

@@ -8,6 +8,12 @@
 
 namespace msda {
 
+// Thrown by the CPU kernels where there is no memory for their scratch space. (No std::exception,
+// whose functions, compiled for one instruction set, could be kept by the linker for all.)
+struct OutOfMemory {
+  int64_t bytes;  // wanted
+};
+
 enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 constexpr int64_t element_size(DType dtype) {

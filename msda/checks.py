@@ -1,207 +1,345 @@
-"""The checks of csrc/ops.cpp once more, for tensors without data and for the reference.
+"""The arguments of the operators in one table, and the checks made from it.
 
-Each raises RuntimeError: ``<name> must <rule>, got <value>``.
+``csrc/arguments.h`` holds the same table and the same checks for the compiled operator. Those here
+serve tensors without data and the reference; ``tests/test_arguments.py`` compares the tables and
+walks every rule through both. Each check raises RuntimeError: ``<name> must <rule>, got <value>``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import SymBool, SymInt, Tensor
+
+# ---- the table -----------------------------------------------------------------------------------
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+FLOAT = "be float32, float64, float16 or bfloat16"
+INTEGER = "be int64 or int32"
+BOOL = "be bool (True = padding)"
+OF_VALUE = "have the dtype of value"
+DTYPES = {FLOAT: FLOATS, INTEGER: (torch.int64, torch.int32), BOOL: (torch.bool,)}
+
+ANYWHERE = "be on any device"
+WITH_VALUE = "be on the device of value"
+ON_HOST_OR_WITH_VALUE = "be on the CPU or on the device of value"
+
+
+class Argument(NamedTuple):
+    """What a tensor must be. Axes: B batch, S keys, M heads, D channels per head, Q queries,
+    L levels, P points of each level, or, with ``num_points``, K of all levels together.
+    """
+
+    name: str
+    dtypes: str
+    place: str
+    shape: tuple[str, ...]
+    ragged_shape: tuple[str, ...] | None = None  # with num_points, where it is another
+
+
+def _points(name: str) -> Argument:
+    shape, ragged_shape = ("B", "Q", "M", "L", "P", "2"), ("B", "Q", "M", "K", "2")
+    return Argument(name, FLOAT, WITH_VALUE, shape, ragged_shape)
+
+
+def _weights(name: str) -> Argument:
+    return Argument(name, FLOAT, WITH_VALUE, ("B", "Q", "M", "L", "P"), ("B", "Q", "M", "K"))
+
+
+# In the order in which they are checked.
+ARGUMENTS = {
+    argument.name: argument
+    for argument in (
+        Argument("value", FLOAT, ANYWHERE, ("B", "S", "M", "D")),
+        Argument("spatial_shapes", INTEGER, ON_HOST_OR_WITH_VALUE, ("L", "2")),
+        Argument("level_start_index", INTEGER, ON_HOST_OR_WITH_VALUE, ("L",)),
+        _points("sampling_locations"),
+        _weights("attention_weights"),
+        _points("sampling_offsets"),
+        _weights("attention_logits"),
+        Argument("reference_points", FLOAT, WITH_VALUE, ("B", "Q", "L or 1", "2 or 4")),
+        Argument("padding_mask", BOOL, WITH_VALUE, ("B", "S")),
+        Argument("grad_output", OF_VALUE, WITH_VALUE, ("B", "Q", "M * D")),
+        Argument("output", OF_VALUE, WITH_VALUE, ("B", "Q", "M * D")),
+    )
+}
+
 MAX_SIDE = 2**24  # from here on float32 does not hold every integer
+MAX_PIXELS = 2**63
+
+
+def describe_arguments() -> str:
+    """A line for each argument."""
+    lines = []
+    for argument in ARGUMENTS.values():
+        shapes = [_letters(shape) for shape in (argument.shape, argument.ragged_shape) if shape]
+        lines.append(
+            f"{argument.name}: {' or '.join(shapes)}; must {argument.dtypes}; must {argument.place}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+# ---- the check of one tensor ---------------------------------------------------------------------
+
+
+@dataclass
+class _Known:
+    """What is known of a call, from the arguments checked so far."""
+
+    value: Tensor
+    ragged: bool  # num_points was given
+    sizes: dict[str, int]  # by letter
+
+    def check(self, name: str, tensor: Any) -> None:
+        """Check a tensor against its row of the table."""
+        argument = ARGUMENTS[name]
+        if not isinstance(tensor, Tensor):
+            raise RuntimeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested:
+            raise RuntimeError(f"{name} must be a dense tensor, got a nested one")
+        if tensor.layout is not torch.strided:
+            raise RuntimeError(
+                f"{name} must be a dense tensor, got one of layout {_plain(tensor.layout)}"
+            )
+        dtypes = DTYPES.get(argument.dtypes, (self.value.dtype,))
+        if tensor.dtype not in dtypes:
+            rule = argument.dtypes
+            if rule == OF_VALUE:
+                rule += f" ({_plain(self.value.dtype)})"
+            raise RuntimeError(f"{name} must {rule}, got {_plain(tensor.dtype)}")
+        may_be_here = argument.place == ANYWHERE or tensor.device == self.value.device
+        if not may_be_here and not (argument.place == ON_HOST_OR_WITH_VALUE and tensor.is_cpu):
+            raise RuntimeError(
+                f"{name} must {argument.place} ({self.value.device}), "
+                f"got a tensor on {tensor.device}"
+            )
+        shape = (self.ragged and argument.ragged_shape) or argument.shape
+        if not self.has_shape(tensor, shape):
+            raise RuntimeError(
+                f"{name} must have shape {self.expected_shape(shape)}, got {tuple(tensor.shape)}"
+            )
+        _check_extent(tensor, name)
+
+    def has_shape(self, tensor: Tensor, shape: tuple[str, ...]) -> bool:
+        """Whether a tensor has a shape. A letter that is not yet known becomes known."""
+        if tensor.dim() != len(shape):
+            return False
+        fits = True
+        for axis, size in zip(shape, tensor.shape, strict=True):
+            if axis.isdigit():
+                fits = fits and size == int(axis)
+            elif axis == "2 or 4":
+                fits = fits and size in (2, 4)
+            elif axis == "L or 1":
+                fits = fits and size in (self.sizes["L"], 1)
+            elif axis == "M * D":
+                fits = fits and size == self.sizes["M"] * self.sizes["D"]
+            else:
+                fits = fits and size == self.sizes.setdefault(axis, size)
+        return fits
+
+    def expected_shape(self, shape: tuple[str, ...]) -> str:
+        """'(B, Q, M * D) = (2, 5, 12)', as far as the numbers are known."""
+        numbers = []
+        for axis in shape:
+            if axis == "M * D":
+                numbers.append(str(self.sizes["M"] * self.sizes["D"]))
+            elif axis == "L or 1":
+                numbers.append(f"{self.sizes['L']} or 1")
+            elif not axis.isalpha():
+                numbers.append(axis)
+            elif axis in self.sizes:
+                numbers.append(str(self.sizes[axis]))
+            else:
+                return _letters(shape)
+        return f"{_letters(shape)} = {_letters(tuple(numbers))}"
+
+
+def _letters(shape: tuple[str, ...]) -> str:
+    return f"({', '.join(shape)}{',' if len(shape) == 1 else ''})"
+
+
+def _plain(name: object) -> str:
+    return str(name).removeprefix("torch.")
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers can be looked at, here and now: not while a program is traced."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, torch.nn.Parameter)
+        and tensor.device.type in ("cpu", "cuda")
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
+def _check_extent(tensor: Tensor, name: str) -> None:
+    """What a tensor reads must lie in its storage: that may have been freed or shortened since."""
+    if not has_numbers(tensor) or tensor.numel() == 0 or torch._is_zerotensor(tensor):
+        return
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in steps)
+    reached, storage = (last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if reached > storage:
+        raise RuntimeError(
+            f"{name} must lie within its storage, got a tensor that reaches {reached} bytes "
+            f"into a storage of {storage}"
+        )
+
+
+# ---- the check of a call -------------------------------------------------------------------------
 
 
 def check_plain(
     value: Tensor,
-    spatial_shapes: Sequence[int],
+    spatial_shapes: Sequence[int] | None,
     spatial_shapes_tensor: Tensor | None,
     level_start_index: Tensor | None,
     sampling_locations: Tensor,
     attention_weights: Tensor,
-    num_points: Sequence[int],
+    num_points: Sequence[int] | None,
+    *,
+    grad_output: Tensor | None = None,
 ) -> None:
-    """Check the arguments of ``ms_deform_attn``; shapes as [H0, W0, H1, ...] or as a tensor."""
-    num_levels = _check_pyramid(value, spatial_shapes, spatial_shapes_tensor, num_points)
-    _check_start_index(spatial_shapes, level_start_index)
-    named = {"sampling_locations": sampling_locations, "attention_weights": attention_weights}
-    _check_samples(value, num_levels, num_points, named)
+    """Check the arguments of ``ms_deform_attn``; shapes as [H0, W0, H1, ...] or as a tensor.
+
+    ``grad_output`` is checked where it is given.
+    """
+    num_points = num_points or ()
+    known = _check_pyramid(
+        value, spatial_shapes or (), spatial_shapes_tensor, level_start_index, num_points
+    )
+    points = {"sampling_locations": sampling_locations}
+    _check_samples(known, num_points, points, {"attention_weights": attention_weights})
+    if grad_output is not None:
+        known.check("grad_output", grad_output)
 
 
 def check_fused(
     value: Tensor,
-    spatial_shapes: Sequence[int],
+    spatial_shapes: Sequence[int] | None,
     spatial_shapes_tensor: Tensor | None,
     level_start_index: Tensor | None,
     reference_points: Tensor,
     sampling_offsets: Tensor,
     attention_logits: Tensor,
-    num_points: Sequence[int],
+    num_points: Sequence[int] | None,
     padding_mask: Tensor | None,
+    *,
+    grad_output: Tensor | None = None,
+    output: Tensor | None = None,
 ) -> None:
-    """Check the arguments of ``ms_deform_attn_fused``."""
-    num_levels = _check_pyramid(value, spatial_shapes, spatial_shapes_tensor, num_points)
-    _check_start_index(spatial_shapes, level_start_index)
-    named = {"sampling_offsets": sampling_offsets, "attention_logits": attention_logits}
-    _check_samples(value, num_levels, num_points, named)
+    """Check the arguments of ``ms_deform_attn_fused``.
 
-    _check_like_value(reference_points, "reference_points", value)
-    shape = tuple(reference_points.shape)
-    batch, num_queries = value.shape[0], sampling_offsets.shape[1]
-    _require(
-        len(shape) == 4
-        and shape[:2] == (batch, num_queries)
-        and shape[2] in (num_levels, 1)
-        and shape[3] in (2, 4),
-        lambda: (
-            "reference_points must have shape (B, Q, L or 1, 2 or 4) = "
-            f"({batch}, {num_queries}, {num_levels} or 1, 2 or 4), got {shape}"
-        ),
+    ``grad_output`` and ``output`` are checked where they are given.
+    """
+    num_points = num_points or ()
+    known = _check_pyramid(
+        value, spatial_shapes or (), spatial_shapes_tensor, level_start_index, num_points
     )
-    if padding_mask is not None:
-        _check_device(padding_mask, "padding_mask", value)
-        _check_shape(padding_mask, "padding_mask", "(B, S)", tuple(value.shape[:2]))
-        _require(
-            padding_mask.dtype == torch.bool,
-            lambda: f"padding_mask must be bool (True = padding), got {padding_mask.dtype}",
-        )
-
-
-def _require(condition: bool, message: Callable[[], str]) -> None:
-    """``torch._check``, also in what torch.compile traces: it refuses messages that vary."""
-    if not torch.compiler.is_dynamo_compiling():
-        torch._check(condition, message)
-    elif not condition:
-        raise RuntimeError(message())
+    points = {"sampling_offsets": sampling_offsets}
+    _check_samples(known, num_points, points, {"attention_logits": attention_logits})
+    known.check("reference_points", reference_points)
+    for name, tensor in (
+        ("padding_mask", padding_mask),
+        ("grad_output", grad_output),
+        ("output", output),
+    ):
+        if tensor is not None:
+            known.check(name, tensor)
 
 
 def _check_pyramid(
     value: Tensor,
     shapes: Sequence[int],
     shapes_tensor: Tensor | None,
+    level_start_index: Tensor | None,
     num_points: Sequence[int],
-) -> int:
-    """Check value and the pyramid's metadata; returns the number of levels."""
-    _require(
-        value.dim() == 4, lambda: f"value must have shape (B, S, M, D), got {tuple(value.shape)}"
-    )
-    _check_float(value, "value")
-    if shapes_tensor is not None:
-        _require(
-            shapes_tensor.dim() == 2 and shapes_tensor.shape[1] == 2,
-            lambda: f"spatial_shapes must have shape (L, 2), got {tuple(shapes_tensor.shape)}",
-        )
-        _require(
-            shapes_tensor.dtype in (torch.int64, torch.int32),
-            lambda: f"spatial_shapes must be int64 or int32, got {shapes_tensor.dtype}",
-        )
-        _require(
-            shapes_tensor.is_cpu or shapes_tensor.device == value.device,
-            lambda: (
-                "spatial_shapes must be on the CPU or on the device of value "
-                f"({value.device}), got a tensor on {shapes_tensor.device}"
-            ),
-        )
-        num_levels = shapes_tensor.shape[0]
-    else:
-        num_levels = len(shapes) // 2
-    _require(num_levels > 0, lambda: "spatial_shapes must hold at least one level, got none")
-    _require(
-        not num_points or (len(num_points) == num_levels),
-        lambda: f"num_points must hold one count per level ({num_levels}), got {tuple(num_points)}",
-    )
-    _require(
-        all(count >= 0 for count in num_points),
-        lambda: f"num_points must not be negative, got {tuple(num_points)}",
-    )
+) -> _Known:
+    """Check value and the pyramid's metadata."""
+    known = _Known(value, bool(num_points), {})
+    known.check("value", value)
     if shapes_tensor is None:
-        _require(
-            all(size > 0 for size in shapes),
-            lambda: f"spatial_shapes must be positive, got {tuple(shapes)}",
+        if len(shapes) % 2 != 0:
+            raise RuntimeError(
+                f"spatial_shapes must hold (height, width) pairs, got {len(shapes)} numbers"
+            )
+        known.sizes["L"] = len(shapes) // 2
+    else:
+        if shapes:
+            raise RuntimeError("spatial_shapes must be given as numbers or as a tensor, got both")
+        known.check("spatial_shapes", shapes_tensor)
+        if shapes_tensor.is_cpu and has_numbers(shapes_tensor):
+            shapes = shapes_tensor.flatten().tolist()
+    num_levels = known.sizes["L"]
+    if num_levels == 0:
+        raise RuntimeError("spatial_shapes must hold at least one level, got none")
+    if num_points and len(num_points) != num_levels:
+        raise RuntimeError(
+            f"num_points must hold one count per level ({num_levels}), got {tuple(num_points)}"
         )
-        # Not of symbolic sizes, which it would keep within this range: the kernel checks them.
-        _require(
-            value.dtype == torch.float64
-            or all(size <= MAX_SIDE for size in shapes if isinstance(size, int)),
-            lambda: (
-                "spatial_shapes must be at most 2^24 on a side, where float32 coordinates end, "
-                f"got {tuple(shapes)}"
-            ),
-        )
-        pixels = sum(h * w for h, w in zip(shapes[::2], shapes[1::2], strict=True))
-        _require(
-            pixels == value.shape[1],
-            lambda: (
-                f"spatial_shapes must cover the S = {value.shape[1]} keys of value, "
-                f"got {pixels} pixels: {tuple(shapes)}"
-            ),
-        )
-    return num_levels
-
-
-def _check_start_index(shapes: Sequence[int], level_start_index: Tensor | None) -> None:
+    starts = _check_sizes(value, tuple(shapes)) if shapes else None
+    if any(count < 0 for count in num_points):
+        raise RuntimeError(f"num_points must not be negative, got {tuple(num_points)}")
     if level_start_index is not None:
-        _require(
-            not shapes or tuple(level_start_index.shape) == (len(shapes) // 2,),
-            lambda: (
-                f"level_start_index must have shape (L,) = ({len(shapes) // 2},), "
-                f"got {tuple(level_start_index.shape)}"
-            ),
+        known.check("level_start_index", level_start_index)
+        if starts is not None and level_start_index.is_cpu and has_numbers(level_start_index):
+            given = tuple(level_start_index.tolist())
+            if given != starts:
+                raise RuntimeError(
+                    "level_start_index must be the running sum of height * width, "
+                    f"{starts}, got {given}"
+                )
+    return known
+
+
+def _check_sizes(value: Tensor, shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """Check heights and widths; returns the first key of each level."""
+    if not all(size > 0 for size in shapes):
+        raise RuntimeError(f"spatial_shapes must be positive, got {shapes}")
+    # Not of symbolic sizes, which it would keep within this range: the kernel checks them.
+    if value.dtype != torch.float64 and any(
+        size > MAX_SIDE for size in shapes if not isinstance(size, SymInt)
+    ):
+        raise RuntimeError(
+            "spatial_shapes must be at most 2^24 on a side, where float32 coordinates end, "
+            f"got {shapes}"
         )
+    num_keys, starts = value.shape[1], [0]
+    for height, width in zip(shapes[::2], shapes[1::2], strict=True):
+        starts.append(starts[-1] + height * width)
+        if isinstance(starts[-1], int) and starts[-1] >= MAX_PIXELS:
+            raise RuntimeError(
+                f"spatial_shapes must cover the S = {num_keys} keys of value, "
+                f"got 2^63 pixels or more: {shapes}"
+            )
+    covers: bool | SymBool = starts[-1] == num_keys
+    if isinstance(covers, SymBool):
+        torch._check(covers, lambda: f"spatial_shapes must cover the S = {num_keys} keys of value")
+    elif not covers:
+        raise RuntimeError(
+            f"spatial_shapes must cover the S = {num_keys} keys of value, "
+            f"got {starts[-1]} pixels: {shapes}"
+        )
+    return tuple(starts[:-1])
 
 
 def _check_samples(
-    value: Tensor, num_levels: int, num_points: Sequence[int], named: dict[str, Tensor]
+    known: _Known,
+    num_points: Sequence[int],
+    points: dict[str, Tensor],
+    weights: dict[str, Tensor],
 ) -> None:
-    """Check the points (B, Q, M, L, P, 2) or (B, Q, M, K, 2) and the weights, by their names."""
-    (points_name, points), (weights_name, weights) = named.items()
-    for name, tensor in named.items():
-        _check_like_value(tensor, name, value)
-    letters = "B, Q, M, K" if num_points else "B, Q, M, L, P"
-    num_dims = 5 if num_points else 6
-    _require(
-        points.dim() == num_dims,
-        lambda: f"{points_name} must have shape ({letters}, 2), got {tuple(points.shape)}",
-    )
-    _require(
-        not num_points or sum(num_points) == points.shape[3],
-        lambda: (
-            f"num_points must sum to the K = {points.shape[3]} samples of {points_name}, "
+    """Check the points and the weights, by their names."""
+    ((name, tensor),) = points.items()
+    known.check(name, tensor)
+    if num_points and sum(num_points) != known.sizes["K"]:
+        raise RuntimeError(
+            f"num_points must sum to the K = {known.sizes['K']} samples of {name}, "
             f"got {tuple(num_points)}"
-        ),
-    )
-    per_head = (points.shape[3],) if num_points else (num_levels, points.shape[4])
-    expected = (value.shape[0], points.shape[1], value.shape[2], *per_head)
-    _check_shape(weights, weights_name, f"({letters})", expected)
-    _check_shape(points, points_name, f"({letters}, 2)", (*expected, 2))
-
-
-def _check_like_value(tensor: Tensor, name: str, value: Tensor) -> None:
-    _check_device(tensor, name, value)
-    _check_float(tensor, name)
-
-
-def _check_device(tensor: Tensor, name: str, value: Tensor) -> None:
-    _require(
-        tensor.device == value.device,
-        lambda: (
-            f"{name} must be on the device of value ({value.device}), "
-            f"got a tensor on {tensor.device}"
-        ),
-    )
-
-
-def _check_float(tensor: Tensor, name: str) -> None:
-    _require(
-        tensor.dtype in FLOATS,
-        lambda: f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}",
-    )
-
-
-def _check_shape(tensor: Tensor, name: str, letters: str, expected: tuple[int, ...]) -> None:
-    _require(
-        tuple(tensor.shape) == expected,
-        lambda: f"{name} must have shape {letters} = {expected}, got {tuple(tensor.shape)}",
-    )
+        )
+    ((name, tensor),) = weights.items()
+    known.check(name, tensor)

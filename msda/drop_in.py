@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msda.functional import _has_kernel, _split_shapes, ms_deform_attn
+from msda.functional import _has_kernel, ms_deform_attn, split_shapes
 from msda.reference import SpatialShapes
 
 __all__ = [
@@ -114,7 +114,7 @@ def ms_deform_attn_backward(
             output = ms_deform_attn(leaves[0], spatial_shapes, level_start_index, *leaves[1:])
         grad_value, grad_loc, grad_weight = torch.autograd.grad(output, leaves, grad_output)
         return grad_value, grad_loc, grad_weight
-    shapes, shapes_tensor = _split_shapes(spatial_shapes)
+    shapes, shapes_tensor = split_shapes(spatial_shapes)
     gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.msda._ms_deform_attn_backward(
         grad_output,
         value,

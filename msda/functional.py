@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import operator
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from msda import ops
 from msda.checks import check_fused, check_plain
@@ -18,12 +20,13 @@ from msda.reference import (
 )
 
 _INTERPOLATIONS = ("bilinear", "nearest")
+MAX_INT64 = 2**63 - 1
 
 
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: SpatialShapes,
-    level_start_index: Tensor | None,
+    level_start_index: Tensor | Sequence[int] | None,
     sampling_locations: Tensor,
     attention_weights: Tensor,
     *,
@@ -49,8 +52,9 @@ def ms_deform_attn(
             float32, float64, float16 or bfloat16.
         spatial_shapes: (L, 2) rows are (height, width): a sequence of int pairs (preferred, nothing
             to read back) or an int64 or int32 tensor. A CUDA tensor is never read on the host.
-        level_start_index: (L,) first row of each level in S, or None. It follows from
-            ``spatial_shapes``: on the CPU it is checked against them, elsewhere it is not read.
+        level_start_index: (L,) first row of each level in S: an int64 or int32 tensor, a sequence
+            of ints, or None. It follows from ``spatial_shapes``: on the CPU it is checked against
+            them, elsewhere it is not read.
         sampling_locations: (B, Q, M, L, P, 2) last axis (x, y), 0..1 across the map. Any of the
             four dtypes; use float32 even for 16-bit values, because a bfloat16 location moves in
             steps of 0.6 pixels on a map 160 wide (float16: 0.08).
@@ -69,7 +73,8 @@ def ms_deform_attn(
     Raises:
         TypeError: an argument that must be a tensor is none.
         ValueError: ``interpolation`` or ``spatial_shapes`` is malformed.
-        RuntimeError: shapes, dtypes or devices do not fit together; a kernel failed.
+        RuntimeError: shapes, dtypes, layouts or devices do not fit together, or a tensor reaches
+            beyond its storage; there is not enough memory; a kernel failed.
         NotImplementedError: a forward-mode derivative is asked for.
 
     Example:
@@ -85,32 +90,34 @@ def ms_deform_attn(
     _check_tensor(attention_weights, "attention_weights")
     if interpolation not in _INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {_INTERPOLATIONS}, got {interpolation!r}")
-    shapes, shapes_tensor = _split_shapes(spatial_shapes)
-    counts = _as_counts(num_points)
+    shapes, shapes_tensor = split_shapes(spatial_shapes)
+    counts = as_counts(num_points)
+    start_index = as_start_index(level_start_index, shapes)
     if not _has_kernel(value):
         check_plain(
             value,
             shapes,
             shapes_tensor,
-            level_start_index,
+            start_index,
             sampling_locations,
             attention_weights,
             counts,
         )
+        pairs, given_counts = _for_reference(shapes, shapes_tensor, counts)
         return ms_deform_attn_reference(
             value,
-            spatial_shapes,
-            level_start_index,
+            pairs,
+            None,
             sampling_locations,
             attention_weights,
-            num_points=num_points,
+            num_points=given_counts,
             interpolation=interpolation,
         )
     return ops.ms_deform_attn(
         value,
         shapes,
         shapes_tensor,
-        level_start_index,
+        start_index,
         sampling_locations,
         attention_weights,
         counts,
@@ -121,7 +128,7 @@ def ms_deform_attn(
 def ms_deform_attn_fused(
     value: Tensor,
     spatial_shapes: SpatialShapes,
-    level_start_index: Tensor | None,
+    level_start_index: Tensor | Sequence[int] | None,
     reference_points: Tensor,
     sampling_offsets: Tensor,
     attention_logits: Tensor,
@@ -172,35 +179,39 @@ def ms_deform_attn_fused(
     _check_tensor(reference_points, "reference_points")
     _check_tensor(sampling_offsets, "sampling_offsets")
     _check_tensor(attention_logits, "attention_logits")
-    shapes, shapes_tensor = _split_shapes(spatial_shapes)
-    counts = _as_counts(num_points)
+    if padding_mask is not None:
+        _check_tensor(padding_mask, "padding_mask")
+    shapes, shapes_tensor = split_shapes(spatial_shapes)
+    counts = as_counts(num_points)
+    start_index = as_start_index(level_start_index, shapes)
     if not _has_kernel(value):
         check_fused(
             value,
             shapes,
             shapes_tensor,
-            level_start_index,
+            start_index,
             reference_points,
             sampling_offsets,
             attention_logits,
             counts,
             padding_mask,
         )
+        pairs, given_counts = _for_reference(shapes, shapes_tensor, counts)
         return ms_deform_attn_fused_reference(
             value,
-            spatial_shapes,
-            level_start_index,
+            pairs,
+            None,
             reference_points,
             sampling_offsets,
             attention_logits,
-            num_points=num_points,
+            num_points=given_counts,
             padding_mask=padding_mask,
         )
     return ops.ms_deform_attn_fused(
         value,
         shapes,
         shapes_tensor,
-        level_start_index,
+        start_index,
         reference_points,
         sampling_offsets,
         attention_logits,
@@ -212,28 +223,97 @@ def ms_deform_attn_fused(
 def _check_tensor(argument: object, name: str) -> None:
     if not isinstance(argument, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
+    if argument.is_nested:
+        raise RuntimeError(f"{name} must be a dense tensor, got a nested one")
 
 
-def _as_counts(num_points: Sequence[int] | None) -> list[int]:
+def as_int(number: Any) -> int:
+    """A Python int of whatever is one: NumPy's too, and what ``torch.jit.trace`` makes of sizes.
+
+    Symbolic sizes stay as they are.
+
+    Raises:
+        TypeError: it is none.
+    """
+    is_int = type(number) is int or isinstance(number, SymInt)
+    return number if is_int else operator.index(number)
+
+
+def as_counts(num_points: Sequence[int] | None) -> list[int]:
     """One count per level, or an empty list where all levels have the same number of points."""
     if num_points is None:
         return []
-    if isinstance(num_points, int):
-        raise TypeError(f"num_points must be a sequence of one int per level, got {num_points}")
-    return list(num_points)
+    try:
+        return _as_int64s([as_int(count) for count in num_points], "num_points")
+    except TypeError:
+        raise TypeError(
+            f"num_points must be a sequence of one int per level, got {num_points!r}"
+        ) from None
 
 
-def _split_shapes(spatial_shapes: SpatialShapes) -> tuple[list[int], Tensor | None]:
+def split_shapes(spatial_shapes: SpatialShapes) -> tuple[list[int], Tensor | None]:
     """The two ways in which the operator takes shapes: [H0, W0, H1, W1, ...] or a tensor."""
     if isinstance(spatial_shapes, Tensor):
         return [], spatial_shapes
     try:
-        return [size for height, width in spatial_shapes for size in (height, width)], None
+        sizes = [as_int(size) for height, width in spatial_shapes for size in (height, width)]
     except (TypeError, ValueError):
         raise ValueError(
             "spatial_shapes must be a sequence of (height, width) pairs or an integer tensor, "
             f"got {spatial_shapes!r}"
         ) from None
+    return _as_int64s(sizes, "spatial_shapes"), None
+
+
+def _as_int64s(numbers: list[int], name: str) -> list[int]:
+    """The numbers themselves, if the operator can be given them."""
+    if not torch.compiler.is_compiling():  # which would take it for a condition on sizes
+        for number in numbers:
+            if type(number) is int and not -MAX_INT64 <= number <= MAX_INT64:
+                raise ValueError(f"{name} must be below 2^63, got {number}")
+    return numbers
+
+
+def as_start_index(
+    level_start_index: Tensor | Sequence[int] | None, shapes: list[int]
+) -> Tensor | None:
+    """The start index as a tensor; None where it was given as the numbers that follow from shapes.
+
+    Raises:
+        TypeError: it is neither a tensor nor a sequence of ints.
+        RuntimeError: it is not what follows from the shapes.
+    """
+    if level_start_index is None or isinstance(level_start_index, Tensor):
+        return level_start_index
+    try:
+        given = [as_int(start) for start in level_start_index]
+    except TypeError:
+        raise TypeError(
+            "level_start_index must be an integer tensor, a sequence of ints or None, "
+            f"got {level_start_index!r}"
+        ) from None
+    if not shapes:  # they are in a tensor
+        return torch.tensor(_as_int64s(given, "level_start_index"), dtype=torch.int64)
+    starts = [0]
+    for height, width in zip(shapes[:-2:2], shapes[1:-2:2], strict=True):
+        starts.append(starts[-1] + height * width)
+    if given != starts:
+        raise RuntimeError(
+            "level_start_index must be the running sum of height * width, "
+            f"{tuple(starts)}, got {tuple(given)}"
+        )
+    return None
+
+
+def _for_reference(
+    shapes: list[int], shapes_tensor: Tensor | None, counts: list[int]
+) -> tuple[SpatialShapes, list[int] | None]:
+    """Shapes and counts of points as the reference takes them."""
+    if shapes_tensor is not None and shapes_tensor.is_meta:
+        raise RuntimeError(
+            "spatial_shapes must hold numbers where the reference runs, got a meta tensor"
+        )
+    return ops.as_given(shapes, shapes_tensor, counts)
 
 
 def _has_kernel(value: Tensor) -> bool:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from msda.functional import ms_deform_attn_fused
+from msda.functional import as_int, ms_deform_attn_fused
 from msda.reference import SpatialShapes
+
+
+def _positive_ints(name: str, numbers: Iterable[Any], given: object) -> list[int]:
+    """The numbers as Python ints; ``given`` is what the caller wrote."""
+    try:
+        ints = [as_int(number) for number in numbers]
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {given!r}") from None
+    if min(ints, default=1) <= 0:
+        raise ValueError(f"{name} must be positive, got {given}")
+    return ints
 
 
 class MSDeformAttn(nn.Module):
@@ -30,6 +42,7 @@ class MSDeformAttn(nn.Module):
         n_points: points P sampled per head and level, or one count per level.
 
     Raises:
+        TypeError: an argument is no int (NumPy's are).
         ValueError: an argument is not positive, ``d_model`` is no multiple of ``n_heads``, or
             ``n_points`` is a sequence whose length is not ``n_levels``.
 
@@ -49,23 +62,22 @@ class MSDeformAttn(nn.Module):
         n_points: int | Sequence[int] = 4,
     ) -> None:
         super().__init__()
-        for name, number in (("d_model", d_model), ("n_levels", n_levels), ("n_heads", n_heads)):
-            if number <= 0:
-                raise ValueError(f"{name} must be positive, got {number}")
+        (d_model,) = _positive_ints("d_model", [d_model], d_model)
+        (n_levels,) = _positive_ints("n_levels", [n_levels], n_levels)
+        (n_heads,) = _positive_ints("n_heads", [n_heads], n_heads)
         if d_model % n_heads != 0:
             raise ValueError(
                 f"d_model must be a multiple of n_heads, got d_model={d_model}, n_heads={n_heads}"
             )
-        if isinstance(n_points, int):
-            self.points_per_level = [n_points] * n_levels
-        else:
-            self.points_per_level = list(n_points)
-            if len(self.points_per_level) != n_levels:
+        if isinstance(n_points, Iterable):
+            n_points = self.points_per_level = _positive_ints("n_points", n_points, n_points)
+            if len(n_points) != n_levels:
                 raise ValueError(
                     f"n_points must hold one count per level (n_levels={n_levels}), got {n_points}"
                 )
-        if min(self.points_per_level) <= 0:
-            raise ValueError(f"n_points must be positive, got {n_points}")
+        else:
+            (n_points,) = _positive_ints("n_points", [n_points], n_points)
+            self.points_per_level = [n_points] * n_levels
         self.d_model = d_model
         self.n_levels = n_levels
         self.n_heads = n_heads
@@ -104,7 +116,7 @@ class MSDeformAttn(nn.Module):
         reference_points: Tensor,
         input_flatten: Tensor,
         input_spatial_shapes: SpatialShapes,
-        input_level_start_index: Tensor | None = None,
+        input_level_start_index: Tensor | Sequence[int] | None = None,
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Attend from each query to points sampled around its reference points.
@@ -154,6 +166,13 @@ class MSDeformAttn(nn.Module):
             padding_mask=input_padding_mask,
         )
         return self.output_proj(output)  # (B, Q, C)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What ``torch.jit.script`` asks for: it has no types for sizes given in several ways."""
+        raise NotImplementedError(
+            "MSDeformAttn must be traced (torch.jit.trace), exported (torch.export) or compiled "
+            "(torch.compile), got torch.jit.script"
+        )
 
     def extra_repr(self) -> str:
         """Constructor arguments, for ``print``."""

@@ -117,6 +117,16 @@ def _fake_backward(
     needs_weights: bool,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    check_plain(
+        value,
+        spatial_shapes,
+        spatial_shapes_tensor,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        num_points,
+        grad_output=grad_output,
+    )
     return (
         _fake_gradient(value, needs_value),
         _fake_gradient(sampling_locations, needs_locations),
@@ -167,6 +177,19 @@ def _fake_fused_backward(
     needs_logits: bool,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_fused(
+        value,
+        spatial_shapes,
+        spatial_shapes_tensor,
+        level_start_index,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        num_points,
+        padding_mask,
+        grad_output=grad_output,
+        output=output,
+    )
     return (
         _fake_gradient(value, needs_value),
         _fake_gradient(reference_points, needs_reference),
@@ -292,7 +315,7 @@ def _second_derivative(
     return pull_back(tuple(compress(grads, wanted)))
 
 
-def _as_given(
+def as_given(
     shapes: list[int], shapes_tensor: Tensor | None, num_points: list[int]
 ) -> tuple[SpatialShapes, list[int] | None]:
     """Shapes and counts of points as the reference takes them."""
@@ -310,7 +333,7 @@ def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, *tensors, shapes_tensor = ctx.saved_tensors
-    shapes, counts = _as_given(ctx.spatial_shapes, shapes_tensor, ctx.num_points)
+    shapes, counts = as_given(ctx.spatial_shapes, shapes_tensor, ctx.num_points)
 
     def reference(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
         return ms_deform_attn_reference(
@@ -351,7 +374,7 @@ def _save_fused_backward_inputs(
 
 def _double_fused_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, *tensors, shapes_tensor, mask = ctx.saved_tensors
-    shapes, counts = _as_given(ctx.spatial_shapes, shapes_tensor, ctx.num_points)
+    shapes, counts = as_given(ctx.spatial_shapes, shapes_tensor, ctx.num_points)
 
     def reference(value: Tensor, *points: Tensor) -> Tensor:
         return ms_deform_attn_fused_reference(
@@ -416,6 +439,13 @@ def _wants_graph(arguments: tuple[Any, ...]) -> bool:
     )
 
 
+def _refuse_nested(names: list[str], arguments: tuple[Any, ...]) -> None:
+    """A nested tensor would not get as far as the checks."""
+    for name, argument in zip(names, arguments, strict=False):
+        if isinstance(argument, Tensor) and argument.is_nested:
+            raise RuntimeError(f"{name} must be a dense tensor, got a nested one")
+
+
 def _refuse_forward_mode(arguments: tuple[Any, ...]) -> None:
     """There is no forward-mode derivative; PyTorch would take it to be zero."""
     if any(
@@ -452,7 +482,10 @@ def _differentiable(name: str, backward: Any, save_inputs: Any) -> Callable[...,
 
     Derivative.backward = DerivativeInTransform.backward = staticmethod(backward)  # type: ignore[method-assign]
 
+    names = [argument.name for argument in operator._schema.arguments]
+
     def at_autograd(*arguments: Any) -> Any:
+        _refuse_nested(names, arguments)
         _refuse_forward_mode(arguments)
         if not _wants_graph(arguments):
             with torch._C._AutoDispatchBelowAutograd():

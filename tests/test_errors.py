@@ -54,11 +54,11 @@ _METADATA = [
     ),
     (
         dict(value=lambda value: value.int()),
-        "^value must be float32, float64, float16 or bfloat16, got Int$",
+        "^value must be float32, float64, float16 or bfloat16, got int32$",
     ),
     (
         dict(value=lambda value: value.to(torch.complex64)),
-        "^value must be float32, float64, float16 or bfloat16, got ComplexFloat$",
+        "^value must be float32, float64, float16 or bfloat16, got complex64$",
     ),
     (dict(spatial_shapes=[]), "^spatial_shapes must hold at least one level, got none$"),
     (
@@ -93,11 +93,11 @@ _METADATA = [
     ),
     (
         dict(spatial_shapes=torch.tensor([[3, 4, 1], [2, 2, 1]])),
-        r"^spatial_shapes must have shape \(L, 2\), got \(2, 3\)$",
+        r"^spatial_shapes must have shape \(L, 2\) = \(2, 2\), got \(2, 3\)$",
     ),
     (
         dict(spatial_shapes=torch.tensor(SHAPES).float()),
-        "^spatial_shapes must be int64 or int32, got Float$",
+        "^spatial_shapes must be int64 or int32, got float32$",
     ),
     (
         dict(level_start_index=torch.tensor([0, 11])),
@@ -105,12 +105,11 @@ _METADATA = [
     ),
     (
         dict(level_start_index=torch.tensor([0, 12, 16])),
-        r"^level_start_index must be the running sum of height \* width, \(0, 12\), "
-        r"got \(0, 12, 16\)$",
+        r"^level_start_index must have shape \(L,\) = \(2,\), got \(3,\)$",
     ),
     (
         dict(level_start_index=torch.tensor([0.0, 12.0])),
-        "^level_start_index must be int64 or int32, got Float$",
+        "^level_start_index must be int64 or int32, got float32$",
     ),
     (
         dict(num_points=[2]),
@@ -152,8 +151,8 @@ def test_wrong_metadata_is_refused(changes, message):
                 sampling_locations=lambda points: points[:, :, :, :1],
                 attention_weights=lambda weights: weights[:, :, :, :1],
             ),
-            r"^attention_weights must have shape \(B, Q, M, L, P\) = \(2, 5, 3, 2, 2\), "
-            r"got \(2, 5, 3, 1, 2\)$",
+            r"^sampling_locations must have shape \(B, Q, M, L, P, 2\) = \(2, 5, 3, 2, 2, 2\), "
+            r"got \(2, 5, 3, 1, 2, 2\)$",
         ),
         (
             dict(attention_weights=lambda weights: weights[:, :4]),
@@ -178,11 +177,11 @@ def test_wrong_metadata_is_refused(changes, message):
         ),
         (
             dict(sampling_locations=lambda points: points.long()),
-            "^sampling_locations must be float32, float64, float16 or bfloat16, got Long$",
+            "^sampling_locations must be float32, float64, float16 or bfloat16, got int64$",
         ),
         (
             dict(attention_weights=lambda weights: weights.bool()),
-            "^attention_weights must be float32, float64, float16 or bfloat16, got Bool$",
+            "^attention_weights must be float32, float64, float16 or bfloat16, got bool$",
         ),
     ],
 )
@@ -208,7 +207,7 @@ def test_wrong_locations_and_weights_are_refused(changes, message):
         ),
         (
             dict(attention_logits=lambda logits: logits.int()),
-            "^attention_logits must be float32, float64, float16 or bfloat16, got Int$",
+            "^attention_logits must be float32, float64, float16 or bfloat16, got int32$",
         ),
         *(
             (
@@ -227,7 +226,7 @@ def test_wrong_locations_and_weights_are_refused(changes, message):
         ),
         (
             dict(reference_points=lambda points: points.int()),
-            "^reference_points must be float32, float64, float16 or bfloat16, got Int$",
+            "^reference_points must be float32, float64, float16 or bfloat16, got int32$",
         ),
         (
             dict(padding_mask=torch.zeros(2, 15, dtype=torch.bool)),
@@ -239,11 +238,11 @@ def test_wrong_locations_and_weights_are_refused(changes, message):
         ),
         (
             dict(padding_mask=torch.zeros(2, 16)),
-            r"^padding_mask must be bool \(True = padding\), got Float$",
+            r"^padding_mask must be bool \(True = padding\), got float32$",
         ),
         (
             dict(padding_mask=torch.zeros(2, 16, dtype=torch.uint8)),
-            r"^padding_mask must be bool \(True = padding\), got Byte$",
+            r"^padding_mask must be bool \(True = padding\), got uint8$",
         ),
     ],
 )
@@ -290,7 +289,7 @@ def test_unknown_interpolations_are_refused(bad):
         dict(spatial_shapes=[(3.0, 4.0), (2.0, 2.0)]),
         dict(num_points=2),
         dict(num_points=[2.0, 2.0]),
-        dict(level_start_index=[0, 12]),
+        dict(level_start_index=[0.0, 12.0]),
     ],
     ids=str,
 )
@@ -383,7 +382,7 @@ def test_wrong_grad_output_is_refused(fused):
         (outputs[0].flatten(), r"^grad_output must have shape .*, got \(120,\)$"),
         (
             outputs[0].double(),
-            r"^grad_output must have the dtype of value \(Float\), got Double$",
+            r"^grad_output must have the dtype of value \(float32\), got float64$",
         ),
     ]:
         with pytest.raises(RuntimeError, match=message):
@@ -394,7 +393,9 @@ def test_wrong_output_is_refused():
     operator, (grad_output, output), others = backward_arguments(fused=True)
     with pytest.raises(RuntimeError, match=r"^output must have shape \(B, Q, M \* D\) = "):
         operator(grad_output, output[..., :3], *others)
-    with pytest.raises(RuntimeError, match=r"^output must have the dtype of value \(Float\), got"):
+    with pytest.raises(
+        RuntimeError, match=r"^output must have the dtype of value \(float32\), got"
+    ):
         operator(grad_output, output.half(), *others)
 
 

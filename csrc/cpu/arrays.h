@@ -4,7 +4,6 @@
 #pragma once
 
 #include <cstdlib>
-#include <new>
 
 #include "../problem.h"
 #include "simd.h"
@@ -20,7 +19,7 @@ class Buffer {
   explicit Buffer(int64_t size) : data_(nullptr) {
     const size_t bytes = (size * sizeof(T) + kVectorBytes) / kVectorBytes * kVectorBytes;
     data_ = static_cast<T*>(std::aligned_alloc(kVectorBytes, bytes));
-    if (data_ == nullptr) throw std::bad_alloc();
+    if (data_ == nullptr) throw OutOfMemory{int64_t(bytes)};
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
