@@ -127,19 +127,20 @@ class _Known:
         """Whether a tensor has a shape. A letter that is not yet known becomes known."""
         if tensor.dim() != len(shape):
             return False
-        fits = True
-        for axis, size in zip(shape, tensor.shape, strict=True):
-            if axis.isdigit():
-                fits = fits and size == int(axis)
-            elif axis == "2 or 4":
-                fits = fits and size in (2, 4)
-            elif axis == "L or 1":
-                fits = fits and size in (self.sizes["L"], 1)
-            elif axis == "M * D":
-                fits = fits and size == self.sizes["M"] * self.sizes["D"]
-            else:
-                fits = fits and size == self.sizes.setdefault(axis, size)
-        return fits
+        fits = [self.axis_fits(*one) for one in zip(shape, tensor.shape, strict=True)]
+        return all(fits)
+
+    def axis_fits(self, axis: str, size: int) -> bool:
+        """Whether an axis may be so long."""
+        if axis == "2":
+            return size == 2
+        if axis == "2 or 4":
+            return size in (2, 4)
+        if axis == "L or 1":
+            return size in (self.sizes["L"], 1)
+        if axis == "M * D":
+            return size == self.sizes["M"] * self.sizes["D"]
+        return size == self.sizes.setdefault(axis, size)
 
     def expected_shape(self, shape: tuple[str, ...]) -> str:
         """'(B, Q, M * D) = (2, 5, 12)', as far as the numbers are known."""
@@ -201,12 +202,11 @@ def check_plain(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: Sequence[int] | None,
-    *,
-    grad_output: Tensor | None = None,
+    **outputs: Tensor,
 ) -> None:
     """Check the arguments of ``ms_deform_attn``; shapes as [H0, W0, H1, ...] or as a tensor.
 
-    ``grad_output`` is checked where it is given.
+    ``outputs``: what the backward operator is given besides, by name.
     """
     num_points = num_points or ()
     known = _check_pyramid(
@@ -214,8 +214,8 @@ def check_plain(
     )
     points = {"sampling_locations": sampling_locations}
     _check_samples(known, num_points, points, {"attention_weights": attention_weights})
-    if grad_output is not None:
-        known.check("grad_output", grad_output)
+    for name, tensor in outputs.items():
+        known.check(name, tensor)
 
 
 def check_fused(
@@ -228,14 +228,9 @@ def check_fused(
     attention_logits: Tensor,
     num_points: Sequence[int] | None,
     padding_mask: Tensor | None,
-    *,
-    grad_output: Tensor | None = None,
-    output: Tensor | None = None,
+    **outputs: Tensor,
 ) -> None:
-    """Check the arguments of ``ms_deform_attn_fused``.
-
-    ``grad_output`` and ``output`` are checked where they are given.
-    """
+    """Check the arguments of ``ms_deform_attn_fused``; ``outputs`` as in :func:`check_plain`."""
     num_points = num_points or ()
     known = _check_pyramid(
         value, spatial_shapes or (), spatial_shapes_tensor, level_start_index, num_points
@@ -243,13 +238,10 @@ def check_fused(
     points = {"sampling_offsets": sampling_offsets}
     _check_samples(known, num_points, points, {"attention_logits": attention_logits})
     known.check("reference_points", reference_points)
-    for name, tensor in (
-        ("padding_mask", padding_mask),
-        ("grad_output", grad_output),
-        ("output", output),
-    ):
-        if tensor is not None:
-            known.check(name, tensor)
+    if padding_mask is not None:
+        known.check("padding_mask", padding_mask)
+    for name, tensor in outputs.items():
+        known.check(name, tensor)
 
 
 def _check_pyramid(

@@ -254,6 +254,7 @@ def as_counts(num_points: Sequence[int] | None) -> list[int]:
 def split_shapes(spatial_shapes: SpatialShapes) -> tuple[list[int], Tensor | None]:
     """The two ways in which the operator takes shapes: [H0, W0, H1, W1, ...] or a tensor."""
     if isinstance(spatial_shapes, Tensor):
+        _check_tensor(spatial_shapes, "spatial_shapes")
         return [], spatial_shapes
     try:
         sizes = [as_int(size) for height, width in spatial_shapes for size in (height, width)]
@@ -283,7 +284,10 @@ def as_start_index(
         TypeError: it is neither a tensor nor a sequence of ints.
         RuntimeError: it is not what follows from the shapes.
     """
-    if level_start_index is None or isinstance(level_start_index, Tensor):
+    if level_start_index is None:
+        return None
+    if isinstance(level_start_index, Tensor):
+        _check_tensor(level_start_index, "level_start_index")
         return level_start_index
     try:
         given = [as_int(start) for start in level_start_index]

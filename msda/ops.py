@@ -443,6 +443,7 @@ def _refuse_nested(names: list[str], arguments: tuple[Any, ...]) -> None:
     """A nested tensor would not get as far as the checks."""
     for name, argument in zip(names, arguments, strict=False):
         if isinstance(argument, Tensor) and argument.is_nested:
+            name = name.removesuffix("_tensor")
             raise RuntimeError(f"{name} must be a dense tensor, got a nested one")
 
 
