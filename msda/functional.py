@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -227,16 +227,22 @@ def _check_tensor(argument: object, name: str) -> None:
         raise RuntimeError(f"{name} must be a dense tensor, got a nested one")
 
 
-def as_int(number: Any) -> int:
-    """A Python int of whatever is one: NumPy's too, and what ``torch.jit.trace`` makes of sizes.
-
-    Symbolic sizes stay as they are.
+def as_ints(numbers: Iterable[Any], name: str) -> list[int]:
+    """Python ints of whatever are integers, NumPy's too; symbolic sizes stay as they are.
 
     Raises:
-        TypeError: it is none.
+        TypeError: one is no integer.
+        ValueError: one is too large for the operator.
     """
-    is_int = type(number) is int or isinstance(number, SymInt)
-    return number if is_int else operator.index(number)
+    ints = list(numbers)
+    if torch.compiler.is_compiling():  # which would take a comparison for a condition on sizes
+        return ints
+    for i, number in enumerate(ints):
+        if type(number) is not int and not isinstance(number, SymInt):
+            number = ints[i] = operator.index(number)
+        if not -MAX_INT64 <= number <= MAX_INT64:
+            raise ValueError(f"{name} must be below 2^63, got {number}")
+    return ints
 
 
 def as_counts(num_points: Sequence[int] | None) -> list[int]:
@@ -244,7 +250,7 @@ def as_counts(num_points: Sequence[int] | None) -> list[int]:
     if num_points is None:
         return []
     try:
-        return _as_int64s([as_int(count) for count in num_points], "num_points")
+        return as_ints(num_points, "num_points")
     except TypeError:
         raise TypeError(
             f"num_points must be a sequence of one int per level, got {num_points!r}"
@@ -257,22 +263,32 @@ def split_shapes(spatial_shapes: SpatialShapes) -> tuple[list[int], Tensor | Non
         _check_tensor(spatial_shapes, "spatial_shapes")
         return [], spatial_shapes
     try:
-        sizes = [as_int(size) for height, width in spatial_shapes for size in (height, width)]
+        sizes = [size for height, width in spatial_shapes for size in (height, width)]
     except (TypeError, ValueError):
-        raise ValueError(
-            "spatial_shapes must be a sequence of (height, width) pairs or an integer tensor, "
-            f"got {spatial_shapes!r}"
-        ) from None
-    return _as_int64s(sizes, "spatial_shapes"), None
+        raise _no_pairs(spatial_shapes) from None
+    if _are_traced(sizes):
+        return [], _stack(sizes).view(-1, 2)
+    try:
+        return as_ints(sizes, "spatial_shapes"), None
+    except TypeError:
+        raise _no_pairs(spatial_shapes) from None
 
 
-def _as_int64s(numbers: list[int], name: str) -> list[int]:
-    """The numbers themselves, if the operator can be given them."""
-    if not torch.compiler.is_compiling():  # which would take it for a condition on sizes
-        for number in numbers:
-            if type(number) is int and not -MAX_INT64 <= number <= MAX_INT64:
-                raise ValueError(f"{name} must be below 2^63, got {number}")
-    return numbers
+def _no_pairs(spatial_shapes: object) -> ValueError:
+    return ValueError(
+        "spatial_shapes must be a sequence of (height, width) pairs or an integer tensor, "
+        f"got {spatial_shapes!r}"
+    )
+
+
+def _are_traced(numbers: list[Any]) -> bool:
+    """Whether ``torch.jit.trace`` made tensors of sizes, which as ints would be constants."""
+    is_traced = bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+    return is_traced and any(isinstance(number, Tensor) for number in numbers)
+
+
+def _stack(numbers: Iterable[Any]) -> Tensor:
+    return torch.stack([torch.as_tensor(number, dtype=torch.int64) for number in numbers])
 
 
 def as_start_index(
@@ -290,14 +306,17 @@ def as_start_index(
         _check_tensor(level_start_index, "level_start_index")
         return level_start_index
     try:
-        given = [as_int(start) for start in level_start_index]
+        given = list(level_start_index)
+        if _are_traced(given):
+            return _stack(given)
+        given = as_ints(given, "level_start_index")
     except TypeError:
         raise TypeError(
             "level_start_index must be an integer tensor, a sequence of ints or None, "
             f"got {level_start_index!r}"
         ) from None
     if not shapes:  # they are in a tensor
-        return torch.tensor(_as_int64s(given, "level_start_index"), dtype=torch.int64)
+        return torch.tensor(given, dtype=torch.int64)
     starts = [0]
     for height, width in zip(shapes[:-2:2], shapes[1:-2:2], strict=True):
         starts.append(starts[-1] + height * width)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msda.functional import as_int, ms_deform_attn_fused
+from msda.functional import as_ints, ms_deform_attn_fused
 from msda.reference import SpatialShapes
 
 
 def _positive_ints(name: str, numbers: Iterable[Any], given: object) -> list[int]:
     """The numbers as Python ints; ``given`` is what the caller wrote."""
     try:
-        ints = [as_int(number) for number in numbers]
+        ints = as_ints(numbers, name)
     except TypeError:
         raise TypeError(f"{name} must be an int, got {given!r}") from None
     if min(ints, default=1) <= 0:

@@ -276,3 +276,24 @@ def test_traced_module_runs_after_saving_and_differentiates(device):
     module(*others).square().sum().backward()
     for (name, one), other in zip(traced.named_parameters(), module.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_traced_model_may_take_sizes_from_its_maps(backend, monkeypatch):
+    monkeypatch.setattr(msda.ops, "BACKEND", backend)
+    monkeypatch.setattr(msda.ops, "BACKEND_REASON", f"MSDA_BACKEND={backend}")
+    model = TwoMaps()
+    first, *others = (two_maps(*sizes) for sizes in [*MAP_SIZES[:1], *MAP_SIZES])
+    traced = torch.jit.trace(model, first, check_trace=False)
+    # The reference reads its shapes, so that its trace holds for one size.
+    for arguments in others if backend == "native" else others[:1]:
+        assert_same_bits(traced(*arguments), model(*arguments))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripting_is_refused_in_a_sentence():
+    message = r"^MSDeformAttn must be traced \(torch\.jit\.trace\), .*, got torch\.jit\.script$"
+    for model in (msda.MSDeformAttn(16, 2, 2, 2), TwoMaps()):
+        with pytest.raises(NotImplementedError, match=message):
+            torch.jit.script(model)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -289,7 +290,6 @@ def test_unknown_interpolations_are_refused(bad):
         dict(spatial_shapes=[(3.0, 4.0), (2.0, 2.0)]),
         dict(num_points=2),
         dict(num_points=[2.0, 2.0]),
-        dict(level_start_index=[0.0, 12.0]),
     ],
     ids=str,
 )
@@ -297,6 +297,39 @@ def test_arguments_of_the_wrong_type_are_refused_by_name(changes):
     (name,) = changes
     error = (TypeError, ValueError, RuntimeError)
     check_refused(msda.ms_deform_attn, plain_arguments(), changes, name, error)
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, torch.tensor(SHAPES)], ids=["ints", "tensor"])
+def test_start_index_may_be_a_sequence_of_any_integers(shapes):
+    for function, arguments in [
+        (msda.ms_deform_attn, plain_arguments()),
+        (msda.ms_deform_attn_fused, fused_arguments()),
+    ]:
+        arguments["spatial_shapes"] = shapes
+        expected = function(**arguments)
+        for start in ([0, 12], (0, 12), np.array([0, 12]), torch.tensor([0, 12]).int()):
+            arguments["level_start_index"] = start
+            assert torch.equal(function(**arguments), expected)
+        for wrong in ([0, 11], (1, 12)):
+            message = r"^level_start_index must be the running sum of height \* width, \(0, 12\)"
+            check_refused(function, arguments, dict(level_start_index=wrong), message)
+
+
+@pytest.mark.parametrize("bad", [3, "012", [0, 12.5], {"start": 0}], ids=str)
+def test_a_start_index_that_is_no_integers_is_refused(bad):
+    message = "^level_start_index must be an integer tensor, a sequence of ints or None, got "
+    for function, arguments in [
+        (msda.ms_deform_attn, plain_arguments()),
+        (msda.ms_deform_attn_fused, fused_arguments()),
+    ]:
+        check_refused(function, arguments, dict(level_start_index=bad), message, TypeError)
+
+
+@pytest.mark.parametrize("name", ["spatial_shapes", "num_points"])
+def test_integers_beyond_64_bits_are_refused(name):
+    bad = [(2**70, 4), (2, 2)] if name == "spatial_shapes" else [2, 2**70]
+    message = f"^{name} must be below 2\\^63, got {2**70}$"
+    check_refused(msda.ms_deform_attn, plain_arguments(), {name: bad}, message, ValueError)
 
 
 # ---- sizes that do not fit the machine -----------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -96,6 +97,26 @@ def test_state_dict_has_the_original_names_and_shapes(arguments, offsets, weight
         "output_proj.bias": (channels,),
     }
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_numpy_integers_are_integers():
+    numbers = MSDeformAttn(*np.array([32, 2, 4, 3]))
+    assert str(numbers) == str(MSDeformAttn(32, 2, 4, 3))
+    counts = MSDeformAttn(32, 2, 4, np.array([1, 3]))
+    assert str(counts) == str(MSDeformAttn(32, 2, 4, [1, 3]))
+    shapes, start = np.array([[4, 5], [2, 3]], dtype=np.int32), np.array([0, 20])
+    query, points = torch.rand(1, 7, 32), torch.rand(1, 7, 2, 2)
+    features = torch.rand(1, 26, 32)
+    expected = counts(query, points, features, [(4, 5), (2, 3)], [0, 20])
+    assert_same_bits(counts(query, points, features, shapes, start), expected)
+
+
+@pytest.mark.parametrize("bad", [4.0, "4", None, np.float64(4), torch.tensor(4.0), [4.0, 4]])
+def test_sizes_that_are_no_integers_are_refused(bad):
+    for name in ("d_model", "n_levels", "n_heads", "n_points"):
+        sizes = dict(d_model=32, n_levels=2, n_heads=4, n_points=2) | {name: bad}
+        with pytest.raises(TypeError, match=f"^{name} must be an int, got "):
+            MSDeformAttn(**sizes)
 
 
 def test_first_offsets_point_along_a_ring_worked_out_by_hand():
