@@ -67,6 +67,9 @@ ARGUMENTS = {
     )
 }
 
+_PYRAMID = ("value", "spatial_shapes", "level_start_index")
+_POINTS = ("sampling_locations", "sampling_offsets")
+
 MAX_SIDE = 2**24  # from here on float32 does not hold every integer
 MAX_PIXELS = 2**63
 
@@ -194,54 +197,31 @@ def _check_extent(tensor: Tensor, name: str) -> None:
 # ---- the check of a call -------------------------------------------------------------------------
 
 
-def check_plain(
-    value: Tensor,
-    spatial_shapes: Sequence[int] | None,
-    spatial_shapes_tensor: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: Sequence[int] | None,
-    **outputs: Tensor,
-) -> None:
-    """Check the arguments of ``ms_deform_attn``; shapes as [H0, W0, H1, ...] or as a tensor.
+def check_arguments(**arguments: Any) -> None:
+    """Check what an operator is given, by the names of its schema.
 
-    ``outputs``: what the backward operator is given besides, by name.
+    Shapes are ``spatial_shapes``, [H0, W0, H1, ...], or ``spatial_shapes_tensor``; what is not in
+    the table is not looked at.
     """
-    num_points = num_points or ()
+    num_points = arguments["num_points"] or ()
     known = _check_pyramid(
-        value, spatial_shapes or (), spatial_shapes_tensor, level_start_index, num_points
+        arguments["value"],
+        arguments["spatial_shapes"] or (),
+        arguments["spatial_shapes_tensor"],
+        arguments["level_start_index"],
+        num_points,
     )
-    points = {"sampling_locations": sampling_locations}
-    _check_samples(known, num_points, points, {"attention_weights": attention_weights})
-    for name, tensor in outputs.items():
-        known.check(name, tensor)
-
-
-def check_fused(
-    value: Tensor,
-    spatial_shapes: Sequence[int] | None,
-    spatial_shapes_tensor: Tensor | None,
-    level_start_index: Tensor | None,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    num_points: Sequence[int] | None,
-    padding_mask: Tensor | None,
-    **outputs: Tensor,
-) -> None:
-    """Check the arguments of ``ms_deform_attn_fused``; ``outputs`` as in :func:`check_plain`."""
-    num_points = num_points or ()
-    known = _check_pyramid(
-        value, spatial_shapes or (), spatial_shapes_tensor, level_start_index, num_points
-    )
-    points = {"sampling_offsets": sampling_offsets}
-    _check_samples(known, num_points, points, {"attention_logits": attention_logits})
-    known.check("reference_points", reference_points)
-    if padding_mask is not None:
-        known.check("padding_mask", padding_mask)
-    for name, tensor in outputs.items():
-        known.check(name, tensor)
+    for name in ARGUMENTS:
+        if name in _PYRAMID or name not in arguments:
+            continue
+        if name == "padding_mask" and arguments[name] is None:
+            continue
+        known.check(name, arguments[name])
+        if num_points and name in _POINTS and sum(num_points) != known.sizes["K"]:
+            raise RuntimeError(
+                f"num_points must sum to the K = {known.sizes['K']} samples of {name}, "
+                f"got {tuple(num_points)}"
+            )
 
 
 def _check_pyramid(
@@ -317,21 +297,3 @@ def _check_sizes(value: Tensor, shapes: tuple[int, ...]) -> tuple[int, ...]:
             f"got {starts[-1]} pixels: {shapes}"
         )
     return tuple(starts[:-1])
-
-
-def _check_samples(
-    known: _Known,
-    num_points: Sequence[int],
-    points: dict[str, Tensor],
-    weights: dict[str, Tensor],
-) -> None:
-    """Check the points and the weights, by their names."""
-    ((name, tensor),) = points.items()
-    known.check(name, tensor)
-    if num_points and sum(num_points) != known.sizes["K"]:
-        raise RuntimeError(
-            f"num_points must sum to the K = {known.sizes['K']} samples of {name}, "
-            f"got {tuple(num_points)}"
-        )
-    ((name, tensor),) = weights.items()
-    known.check(name, tensor)

@@ -12,7 +12,7 @@ import torch
 from torch import SymInt, Tensor
 
 from msda import ops
-from msda.checks import check_fused, check_plain
+from msda.checks import check_arguments
 from msda.reference import (
     SpatialShapes,
     ms_deform_attn_fused_reference,
@@ -94,14 +94,14 @@ def ms_deform_attn(
     counts = as_counts(num_points)
     start_index = as_start_index(level_start_index, shapes)
     if not _has_kernel(value):
-        check_plain(
-            value,
-            shapes,
-            shapes_tensor,
-            start_index,
-            sampling_locations,
-            attention_weights,
-            counts,
+        check_arguments(
+            value=value,
+            spatial_shapes=shapes,
+            spatial_shapes_tensor=shapes_tensor,
+            level_start_index=start_index,
+            sampling_locations=sampling_locations,
+            attention_weights=attention_weights,
+            num_points=counts,
         )
         pairs, given_counts = _for_reference(shapes, shapes_tensor, counts)
         return ms_deform_attn_reference(
@@ -185,16 +185,16 @@ def ms_deform_attn_fused(
     counts = as_counts(num_points)
     start_index = as_start_index(level_start_index, shapes)
     if not _has_kernel(value):
-        check_fused(
-            value,
-            shapes,
-            shapes_tensor,
-            start_index,
-            reference_points,
-            sampling_offsets,
-            attention_logits,
-            counts,
-            padding_mask,
+        check_arguments(
+            value=value,
+            spatial_shapes=shapes,
+            spatial_shapes_tensor=shapes_tensor,
+            level_start_index=start_index,
+            reference_points=reference_points,
+            sampling_offsets=sampling_offsets,
+            attention_logits=attention_logits,
+            num_points=counts,
+            padding_mask=padding_mask,
         )
         pairs, given_counts = _for_reference(shapes, shapes_tensor, counts)
         return ms_deform_attn_fused_reference(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from msda.checks import check_fused, check_plain
+from msda.checks import check_arguments
 from msda.reference import (
     SpatialShapes,
     ms_deform_attn_fused_reference,
@@ -72,130 +72,40 @@ def library_text(function: str) -> str | None:
 # ---- fake kernels: shapes without data -----------------------------------------------------------
 
 
-def _fake_output(value: Tensor, points: Tensor) -> Tensor:
-    return value.new_empty(value.shape[0], points.shape[1], value.shape[2] * value.shape[3])
+# By the flag that asks for it, the input whose gradient a backward operator computes.
+_WANTED = {
+    "needs_value": "value",
+    "needs_locations": "sampling_locations",
+    "needs_weights": "attention_weights",
+    "needs_reference": "reference_points",
+    "needs_offsets": "sampling_offsets",
+    "needs_logits": "attention_logits",
+}
 
 
-def _fake_gradient(tensor: Tensor, wanted: bool) -> Tensor:
-    return tensor.new_empty(tensor.shape if wanted else (0,))
+def _register_fake(name: str) -> None:
+    names = _argument_names(name)
+
+    def fake(*given: Any, **named: Any) -> Any:
+        arguments = dict(zip(names, given, strict=False)) | named
+        check_arguments(**arguments)
+        value = arguments["value"]
+        if "grad_output" not in arguments:
+            is_fused = "sampling_offsets" in arguments
+            points = arguments["sampling_offsets" if is_fused else "sampling_locations"]
+            batch, _, num_heads, head_dim = value.shape
+            return value.new_empty(batch, points.shape[1], num_heads * head_dim)
+        return tuple(
+            arguments[wanted].new_empty(arguments[wanted].shape if arguments[flag] else (0,))
+            for flag, wanted in _WANTED.items()
+            if flag in arguments
+        )
+
+    torch.library.register_fake(f"msda::{name}", fake)
 
 
-def _fake_forward(
-    value: Tensor,
-    spatial_shapes: list[int],
-    spatial_shapes_tensor: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: list[int],
-    nearest: bool,
-) -> Tensor:
-    check_plain(
-        value,
-        spatial_shapes,
-        spatial_shapes_tensor,
-        level_start_index,
-        sampling_locations,
-        attention_weights,
-        num_points,
-    )
-    return _fake_output(value, sampling_locations)
-
-
-def _fake_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: list[int],
-    spatial_shapes_tensor: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: list[int],
-    nearest: bool,
-    needs_value: bool,
-    needs_locations: bool,
-    needs_weights: bool,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_plain(
-        value,
-        spatial_shapes,
-        spatial_shapes_tensor,
-        level_start_index,
-        sampling_locations,
-        attention_weights,
-        num_points,
-        grad_output=grad_output,
-    )
-    return (
-        _fake_gradient(value, needs_value),
-        _fake_gradient(sampling_locations, needs_locations),
-        _fake_gradient(attention_weights, needs_weights),
-    )
-
-
-def _fake_fused_forward(
-    value: Tensor,
-    spatial_shapes: list[int],
-    spatial_shapes_tensor: Tensor | None,
-    level_start_index: Tensor | None,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    num_points: list[int],
-    padding_mask: Tensor | None,
-) -> Tensor:
-    check_fused(
-        value,
-        spatial_shapes,
-        spatial_shapes_tensor,
-        level_start_index,
-        reference_points,
-        sampling_offsets,
-        attention_logits,
-        num_points,
-        padding_mask,
-    )
-    return _fake_output(value, sampling_offsets)
-
-
-def _fake_fused_backward(
-    grad_output: Tensor,
-    output: Tensor,
-    value: Tensor,
-    spatial_shapes: list[int],
-    spatial_shapes_tensor: Tensor | None,
-    level_start_index: Tensor | None,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    num_points: list[int],
-    padding_mask: Tensor | None,
-    needs_value: bool,
-    needs_reference: bool,
-    needs_offsets: bool,
-    needs_logits: bool,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_fused(
-        value,
-        spatial_shapes,
-        spatial_shapes_tensor,
-        level_start_index,
-        reference_points,
-        sampling_offsets,
-        attention_logits,
-        num_points,
-        padding_mask,
-        grad_output=grad_output,
-        output=output,
-    )
-    return (
-        _fake_gradient(value, needs_value),
-        _fake_gradient(reference_points, needs_reference),
-        _fake_gradient(sampling_offsets, needs_offsets),
-        _fake_gradient(attention_logits, needs_logits),
-    )
+def _argument_names(name: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.msda, name).default._schema.arguments]
 
 
 # ---- backward ------------------------------------------------------------------------------------
@@ -483,7 +393,7 @@ def _differentiable(name: str, backward: Any, save_inputs: Any) -> Callable[...,
 
     Derivative.backward = DerivativeInTransform.backward = staticmethod(backward)  # type: ignore[method-assign]
 
-    names = [argument.name for argument in operator._schema.arguments]
+    names = _argument_names(name)
 
     def at_autograd(*arguments: Any) -> Any:
         _refuse_nested(names, arguments)
@@ -515,7 +425,7 @@ def _differentiable(name: str, backward: Any, save_inputs: Any) -> Callable[...,
 def _register_vmap(name: str) -> None:
     """Let vmap make one call of many: the axis that it maps over becomes a part of the batch."""
     operator = getattr(torch.ops.msda, name).default
-    names = [argument.name for argument in operator._schema.arguments]
+    names = _argument_names(name)
 
     def rule(info: Any, axes: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         def fold(name: str, argument: Any, axis: Any) -> Any:
@@ -553,13 +463,13 @@ def _register_vmap(name: str) -> None:
 
 if LIBRARY is not None:
     _REGISTRATIONS = torch.library.Library("msda", "FRAGMENT")
-    for _name, _fake in (
-        ("ms_deform_attn", _fake_forward),
-        ("ms_deform_attn_fused", _fake_fused_forward),
-        ("_ms_deform_attn_backward", _fake_backward),
-        ("_ms_deform_attn_fused_backward", _fake_fused_backward),
+    for _name in (
+        "ms_deform_attn",
+        "ms_deform_attn_fused",
+        "_ms_deform_attn_backward",
+        "_ms_deform_attn_fused_backward",
     ):
-        torch.library.register_fake(f"msda::{_name}", _fake)
+        _register_fake(_name)
         _register_vmap(_name)
     ms_deform_attn = _differentiable("ms_deform_attn", _backward, _save_inputs)
     ms_deform_attn_fused = _differentiable(

@@ -65,14 +65,7 @@ def call_operator(name, arguments):
 
 def call_checks(name, arguments):
     """What the fake kernels and the reference are checked by."""
-    names = ("grad_output", "output")
-    outputs = {key: arguments[key] for key in names if key in arguments}
-    others = [
-        argument
-        for key, argument in arguments.items()
-        if key not in (*names, "nearest", "deterministic") and not key.startswith("needs_")
-    ]
-    (checks.check_fused if "fused" in name else checks.check_plain)(*others, **outputs)
+    checks.check_arguments(**arguments)
 
 
 def call_function(name, arguments):
