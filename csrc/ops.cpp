@@ -1,8 +1,10 @@
 // The torch side of the operator: schemas, input checks, allocation and dispatch, written against
 // LibTorch's stable ABI so that one binary serves every torch from 2.10 on.
 
-#ifdef MSDA_WITH_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+// Before torch 2.13 there is no such symbol; its address is then null.
+extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+#ifdef MSDA_WITH_CUDA
 #include <torch/csrc/stable/accelerator.h>
 // In a torch without CUDA there is no such symbol; its address is then null.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
@@ -87,8 +89,12 @@ std::string amount(double bytes) {
   return text.str();
 }
 
-// What programs look for that try again with less.
-const char* out_of_memory(bool on_cpu) {
+// What torch said of the allocation that just failed. An older torch does not tell: then the words
+// that programs look for which try again with less.
+std::string why_not_allocated(bool on_cpu) {
+  if (torch_exception_get_what_without_backtrace != nullptr) {
+    return torch_exception_get_what_without_backtrace();
+  }
   return on_cpu ? "DefaultCPUAllocator: can't allocate memory" : "CUDA out of memory.";
 }
 
@@ -103,7 +109,7 @@ Tensor in_memory(const char* name, const char* what, const Tensor& like, const S
     double bytes = element_size(type);
     for (const int64_t size : sizes) bytes *= double(size);
     fail(name, " must fit into memory", what, ", got ", to_string(sizes), " of ", dtype_name(type),
-         " on ", device_name(like), ", ", amount(bytes), ": ", out_of_memory(like.is_cpu()));
+         " on ", device_name(like), ", ", amount(bytes), ": ", why_not_allocated(like.is_cpu()));
   }
 }
 
@@ -352,7 +358,8 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
     }
   });
   MSDA_CHECK(missing == 0, "the scratch space of the CPU kernels must fit into memory, got ",
-             amount(double(missing)), " for each thread: ", out_of_memory(true));
+             amount(double(missing.load())),
+             " for each thread: DefaultCPUAllocator: can't allocate memory");
 }
 
 int64_t grain_size(int64_t work_per_item) {
