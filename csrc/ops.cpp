@@ -64,6 +64,11 @@ Array mutable_array(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), kernel_dtype(tensor)};
 }
 
+// A gradient that is not wanted has an empty tensor.
+Gradient gradient_array(const Tensor& tensor, bool is_wanted) {
+  return {mutable_array(tensor), is_wanted};
+}
+
 // ---- memory -------------------------------------------------------------------------------------
 
 int element_size(ScalarType type) {
@@ -311,6 +316,7 @@ Call plain_call(const Pyramid& pyramid, const Tensor& sampling_locations,
   read_samples(pyramid, sampling_locations, kSamplingLocations, attention_weights,
                kAttentionWeights, call);
   call.problem.nearest = nearest;
+  call.problem.is_fused = false;
   return call;
 }
 
@@ -324,13 +330,16 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
   Problem& problem = call.problem;
 
   check(reference_points, kReferencePoints, call.known);
+  problem.is_fused = true;
   problem.reference = const_array(call.keep_pairs(reference_points, kReferencePoints));
   problem.reference_levels = reference_points.size(2);
   problem.reference_size = reference_points.size(3);
 
   if (padding_mask) {
     check(*padding_mask, kPaddingMask, call.known);
-    problem.padding_mask = call.keep(*padding_mask, kPaddingMask).const_data_ptr<bool>();
+    problem.has_padding_mask = true;
+    problem.padding_mask =
+        static_cast<const uint8_t*>(call.keep(*padding_mask, kPaddingMask).const_data_ptr());
   }
   return call;
 }
@@ -404,7 +413,7 @@ void run_backward_cpu(const Problem& problem, const BackwardInputs& inputs,
                [&](int64_t first, int64_t last) {
                  kernels.backward(problem, inputs, outputs, by_level, first, last);
                });
-  if (outputs.grad_reference.data) {
+  if (outputs.grad_reference.is_wanted) {
     parallel_for(0, problem.batch * problem.num_queries,
                  grain_size(work_per_query_and_head(problem) * problem.num_heads / 4),
                  [&](int64_t first, int64_t last) {
@@ -430,6 +439,7 @@ void with_cuda(const Call& call, const Pyramid& pyramid, const F& f) {
              "torch must give msda a CUDA stream, got an error");
   const bool on_gpu = shapes_are_on_gpu(pyramid);
   std::optional<Tensor> shapes, level_table;
+  cuda_call.shapes_on_device = on_gpu;
   if (on_gpu) {
     shapes = dense(*pyramid.spatial_shapes_tensor, kSpatialShapes.name);
     cuda_call.spatial_shapes = shapes->const_data_ptr();
@@ -458,11 +468,9 @@ void run_backward_cuda(const Problem& problem, const BackwardInputs& inputs,
                        BackwardOutputs outputs, const Tensor& value, bool deterministic,
                        const CudaCall& call) {
   const Array grad_value = outputs.grad_value;
-  const bool gathers = deterministic && grad_value.data != nullptr;
+  const bool gathers = deterministic && outputs.grad_value.is_wanted;
   if (gathers) outputs.grad_value = {};
-  const bool has_others = outputs.grad_value.data || outputs.grad_points.data ||
-                          outputs.grad_weights.data || outputs.grad_reference.data;
-  if (has_others) backward_cuda(problem, inputs, outputs, call);
+  backward_cuda(problem, inputs, outputs, call);
   if (!gathers) return;
   const int64_t num_samples =
       problem.batch * problem.num_queries * problem.num_heads * problem.num_samples;
@@ -542,8 +550,7 @@ void run_backward(const Call& call, const Pyramid& pyramid, const Tensor& grad_o
                   const Tensor* output, const BackwardOutputs& outputs,
                   std::vector<Tensor> gradients, bool deterministic) {
   const Problem& problem = call.problem;
-  const auto is_empty = [](const Tensor& gradient) { return gradient.numel() == 0; };
-  if (std::all_of(gradients.begin(), gradients.end(), is_empty)) return;
+  if (!outputs.has_wanted()) return;
   if (grad_output.numel() == 0 || problem.num_samples == 0) {
     for (Tensor& gradient : gradients) torch::stable::zero_(gradient);
     return;
@@ -578,9 +585,9 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const Tensor grad_weights =
       gradient_of(attention_weights, "grad_attention_weights", needs_weights);
   BackwardOutputs outputs;
-  outputs.grad_value = mutable_array(grad_value);
-  outputs.grad_points = mutable_array(grad_locations);
-  outputs.grad_weights = mutable_array(grad_weights);
+  outputs.grad_value = gradient_array(grad_value, needs_value);
+  outputs.grad_points = gradient_array(grad_locations, needs_locations);
+  outputs.grad_weights = gradient_array(grad_weights, needs_weights);
   run_backward(call, pyramid, dense_grad_output, nullptr, outputs,
                {grad_value, grad_locations, grad_weights}, deterministic);
   return {converted(grad_value, "grad_value", value.scalar_type()), grad_locations, grad_weights};
@@ -613,10 +620,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
           : gradient_of(sampling_offsets, offsets_name, needs_offsets);
   const Tensor grad_logits = gradient_of(attention_logits, "grad_attention_logits", needs_logits);
   BackwardOutputs outputs;
-  outputs.grad_value = mutable_array(grad_value);
-  outputs.grad_points = mutable_array(grad_offsets);
-  outputs.grad_weights = mutable_array(grad_logits);
-  outputs.grad_reference = mutable_array(grad_reference);
+  outputs.grad_value = gradient_array(grad_value, needs_value);
+  outputs.grad_points = gradient_array(grad_offsets, needs_offsets || needs_reference);
+  outputs.grad_weights = gradient_array(grad_logits, needs_logits);
+  outputs.grad_reference = gradient_array(grad_reference, needs_reference);
   run_backward(call, pyramid, dense_grad_output, &dense_output, outputs,
                {grad_value, grad_offsets, grad_logits, grad_reference}, deterministic);
   return {converted(grad_value, "grad_value", value.scalar_type()), grad_reference,
