@@ -85,9 +85,9 @@ def ms_deform_attn(
         >>> ms_deform_attn(value, shapes, None, locations, weights).shape
         torch.Size([2, 100, 256])
     """
-    _check_tensor(value, "value")
-    _check_tensor(sampling_locations, "sampling_locations")
-    _check_tensor(attention_weights, "attention_weights")
+    check_tensor(value, "value")
+    check_tensor(sampling_locations, "sampling_locations")
+    check_tensor(attention_weights, "attention_weights")
     if interpolation not in _INTERPOLATIONS:
         raise ValueError(f"interpolation must be one of {_INTERPOLATIONS}, got {interpolation!r}")
     shapes, shapes_tensor = split_shapes(spatial_shapes)
@@ -175,12 +175,12 @@ def ms_deform_attn_fused(
         >>> ms_deform_attn_fused(value, shapes, None, reference_points, offsets, logits).shape
         torch.Size([2, 100, 256])
     """
-    _check_tensor(value, "value")
-    _check_tensor(reference_points, "reference_points")
-    _check_tensor(sampling_offsets, "sampling_offsets")
-    _check_tensor(attention_logits, "attention_logits")
+    check_tensor(value, "value")
+    check_tensor(reference_points, "reference_points")
+    check_tensor(sampling_offsets, "sampling_offsets")
+    check_tensor(attention_logits, "attention_logits")
     if padding_mask is not None:
-        _check_tensor(padding_mask, "padding_mask")
+        check_tensor(padding_mask, "padding_mask")
     shapes, shapes_tensor = split_shapes(spatial_shapes)
     counts = as_counts(num_points)
     start_index = as_start_index(level_start_index, shapes)
@@ -220,7 +220,8 @@ def ms_deform_attn_fused(
     )
 
 
-def _check_tensor(argument: object, name: str) -> None:
+def check_tensor(argument: object, name: str) -> None:
+    """Refuse what is no tensor, or a nested one, which torch sends elsewhere."""
     if not isinstance(argument, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
     if argument.is_nested:
@@ -260,7 +261,7 @@ def as_counts(num_points: Sequence[int] | None) -> list[int]:
 def split_shapes(spatial_shapes: SpatialShapes) -> tuple[list[int], Tensor | None]:
     """The two ways in which the operator takes shapes: [H0, W0, H1, W1, ...] or a tensor."""
     if isinstance(spatial_shapes, Tensor):
-        _check_tensor(spatial_shapes, "spatial_shapes")
+        check_tensor(spatial_shapes, "spatial_shapes")
         return [], spatial_shapes
     try:
         sizes = [size for height, width in spatial_shapes for size in (height, width)]
@@ -303,7 +304,7 @@ def as_start_index(
     if level_start_index is None:
         return None
     if isinstance(level_start_index, Tensor):
-        _check_tensor(level_start_index, "level_start_index")
+        check_tensor(level_start_index, "level_start_index")
         return level_start_index
     try:
         given = list(level_start_index)

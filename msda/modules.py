@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from msda.functional import as_ints, ms_deform_attn_fused
+from msda.functional import as_ints, check_tensor, ms_deform_attn_fused
 from msda.reference import SpatialShapes
 
 
@@ -136,14 +136,17 @@ class MSDeformAttn(nn.Module):
             (B, Q, C) attended features, after the output projection.
 
         Raises:
+            TypeError: an argument that must be a tensor is none.
             ValueError: channels or reference points do not fit the module.
             RuntimeError: as :func:`msda.ms_deform_attn_fused`.
         """
         for name, tensor in (("query", query), ("input_flatten", input_flatten)):
+            check_tensor(tensor, name)
             if tensor.dim() != 3 or tensor.shape[-1] != self.d_model:
                 raise ValueError(
                     f"{name} must have shape (B, length, {self.d_model}), got {tuple(tensor.shape)}"
                 )
+        check_tensor(reference_points, "reference_points")
         if reference_points.dim() != 4 or reference_points.shape[-1] not in (2, 4):
             raise ValueError(
                 "reference_points must have shape (B, Q, L, 2 or 4), "

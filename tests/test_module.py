@@ -316,6 +316,16 @@ def test_arguments_of_the_wrong_shape_are_refused(index, shape, message):
         make_module()(*arguments, SHAPES)
 
 
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_arguments_that_are_no_tensors_are_refused_by_name(index):
+    name = ("query", "reference_points", "input_flatten")[index]
+    for bad in (None, [1.0], np.zeros((2, 7, 12))):
+        arguments = list(make_arguments())
+        arguments[index] = bad
+        with pytest.raises(TypeError, match=f"^{name} must be a Tensor, got {type(bad).__name__}$"):
+            make_module()(*arguments, SHAPES)
+
+
 def test_reference_points_of_other_levels_are_refused():
     query, reference, features = make_arguments()
     with pytest.raises(RuntimeError, match="reference_points must have shape"):
