@@ -422,7 +422,7 @@ OURS = {"format": 1, "model": {}, "categories": None, "category_ids": []}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a checkpoint", "must be a checkpoint, but reading it failed: "),
+        (b"not a checkpoint", "must be a checkpoint, got a text that begins with 'not a"),
         ([1, 2], "must hold a dict, got list"),
         ({"epoch": 3}, "a state dict of Deformable DETR must have the key transformer.level_embed"),
         ({"format": 99}, "format must be 1, got 99"),
