@@ -102,6 +102,14 @@ def shapes(tmp_path_factory):
     return str(make_shapes(preset, str(tmp_path_factory.mktemp("shapes"))))
 
 
+@pytest.fixture
+def shallow_resnet(monkeypatch):
+    """A ResNet-50 of one block per stage, to be quick."""
+    from detector.backbone import RESNET_BLOCKS
+
+    monkeypatch.setitem(RESNET_BLOCKS, "resnet50", (1, 1, 1, 1))
+
+
 # ---- sizes and forms that tests are repeated over ------------------------------------------------
 
 

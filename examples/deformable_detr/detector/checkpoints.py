@@ -283,8 +283,8 @@ def _count(state: State, pattern: str) -> int:
 
 
 def _without_leftovers(state: State) -> State:
-    """Without the entries that tools left in some of the original's files."""
-    leftovers = ("total_params", "total_ops", "num_batches_tracked")
+    """Without the entries that tools leave beside the weights."""
+    leftovers = ("total_params", "total_ops", "num_batches_tracked", "n_averaged")
     return {key: tensor for key, tensor in state.items() if not key.endswith(leftovers)}
 
 

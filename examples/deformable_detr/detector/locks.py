@@ -75,25 +75,34 @@ def _lock(folder: Path) -> int:
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            with suppress(FileNotFoundError):  # the run before has just removed the folder
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                if _locked(descriptor, path):
+                    break
         except OSError as error:
             raise OSError(
                 f"output must be a folder to write to, got {folder} ({error.strerror}); "
                 "give another by --output"
             ) from None
-        try:
-            _lock_file(descriptor, folder)
-            # The run before may have removed the file while it was opened here.
-            if os.path.exists(path) and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                break
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
     _held.add(descriptor)
     os.ftruncate(descriptor, 0)
     os.write(descriptor, _own_description().encode())
     return descriptor
+
+
+def _locked(descriptor: int, path: Path) -> bool:
+    """Lock a file; whether it still is the one of that name. Closes it if it does not succeed."""
+    try:
+        _lock_file(descriptor, path.parent)
+        if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            return True
+    except FileNotFoundError:
+        pass  # the run before has removed it since it was opened
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return False
 
 
 def _lock_file(descriptor: int, folder: Path) -> None:

@@ -12,6 +12,7 @@ of its own for ``weights_only=True`` knows neither other classes nor newer forms
 
 from __future__ import annotations
 
+import _compat_pickle
 import functools
 import pickle
 import re
@@ -69,10 +70,12 @@ class Unknown(dict, metaclass=_Class):
 
 
 def settings_of(value: Any) -> Mapping[str, Any]:
-    """The settings in a dictionary or in the attributes of any object; of others none."""
-    if isinstance(value, Unknown) and isinstance(value.attributes, dict):
-        return value.attributes
-    return value if isinstance(value, dict) else {}
+    """The settings in the entries of a dictionary and in the attributes of any object."""
+    attributes = getattr(value, "attributes", None)
+    return {
+        **(value if isinstance(value, dict) else {}),
+        **(attributes if isinstance(attributes, dict) else {}),
+    }
 
 
 # Modules of the standard library whose classes and functions do no more than hold values. Nothing
@@ -85,7 +88,7 @@ _HARMLESS_MODULES = re.compile(
 # Elsewhere classes are taken to hold values, by their capital letter; these do as well.
 _HARMLESS_NAMES = re.compile(
     r"builtins\.(list|dict|tuple|int|float|bool|str|bytes|bytearray|slice|range|object)"
-    r"|numpy\.(_?core\.\w+\._\w+|ndarray|random\._pickle\.\w+)"
+    r"|numpy\.(_?core\.\w+\._\w+|ndarray|random\.[\w.]+)"
     r"|torch\.(_utils\._rebuild\w+|_tensor\._rebuild\w+|device|serialization\._get_layout)"
     r"|types\.SimpleNamespace"
 )
@@ -95,11 +98,13 @@ _HARMLESS_NAMES = re.compile(
 def _stand_in(module: str, name: str) -> type[Unknown]:
     """What stands for the class or function ``module.name``: the same every time."""
     origin = f"{module}.{name}"
-    capital = name.rpartition(".")[2].lstrip("_")[:1].isupper()
+    _, is_nested, last = name.rpartition(".")
+    capital = last.lstrip("_")[:1].isupper()
     if module.partition(".")[0] not in sys.stdlib_module_names or module == "builtins":
         harmless = capital
     else:
-        harmless = _HARMLESS_MODULES.fullmatch(module) is not None
+        is_harmless_module = _HARMLESS_MODULES.fullmatch(module) is not None
+        harmless = is_harmless_module and (capital or not is_nested)
     harmless = harmless or _HARMLESS_NAMES.fullmatch(origin) is not None
     return _Class(name, (Unknown,), {"origin": origin, "harmless": harmless})
 
@@ -189,7 +194,6 @@ _KNOWN_CLASSES: dict[str, type] = {
     "collections.OrderedDict": OrderedDict,
     "torch.Size": torch.Size,
 }
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg", "exceptions": "builtins"}
 
 
 class Unpickler(pickle.Unpickler):
@@ -197,7 +201,9 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for ``module.name``."""
-        module = _PYTHON_2.get(module, module)
+        # Pickles of torch.save have the names of Python 2.
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)
         origin = f"{module}.{name}"
         if origin in _KNOWN_CLASSES:
             return _KNOWN_CLASSES[origin]
