@@ -31,6 +31,12 @@ def pytest_report_header():
     )
 
 
+# Options of the detector's train.py for a run of seconds.
+SMALL_RUN = (
+    "--preset shapes-easy --hidden-dim 32 --num-heads 2 --num-encoder-layers 1 "
+    "--feedforward-dim 32 --num-queries 10 --batch-size 4 --log-every 1 --device cpu"
+)
+
 # ---- fixtures ------------------------------------------------------------------------------------
 
 
@@ -85,6 +91,23 @@ def encoder():
     output.backward(grad_output.double())
     gradients = {name: getattr(exact, name).grad for name in names_of(inputs)}
     return inputs, grad_output, output.detach(), gradients
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    """Folder of 32 training and 8 validation images for the detector."""
+    from detector.data.shapes import EASY, make_shapes
+
+    preset = replace(EASY, num_train=32, num_val=8)
+    return str(make_shapes(preset, str(tmp_path_factory.mktemp("shapes"))))
+
+
+@pytest.fixture
+def shallow_resnet(monkeypatch):
+    """A ResNet-50 of one block per stage, to be quick."""
+    from detector.backbone import RESNET_BLOCKS
+
+    monkeypatch.setitem(RESNET_BLOCKS, "resnet50", (1, 1, 1, 1))
 
 
 # ---- sizes and forms that tests are repeated over ------------------------------------------------

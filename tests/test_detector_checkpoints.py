@@ -11,7 +11,7 @@ import convert
 import pytest
 import torch
 
-from detector.backbone import RESNET_BLOCKS, FrozenBatchNorm2d
+from detector.backbone import RESNET_BLOCKS
 from detector.checkpoints import (
     Checkpoint,
     config_from_state,
@@ -25,13 +25,8 @@ from detector.checkpoints import (
 )
 from detector.config import Config, ModelConfig
 from detector.model import DeformableDETR, build_model
+from detector_models import VARIANTS, original_file, randomise, small_config
 
-VARIANTS = {
-    "single_scale": dict(num_feature_levels=1),
-    "multi_scale": dict(),
-    "iter_refine": dict(box_refine=True),
-    "two_stage": dict(box_refine=True, two_stage=True),
-}
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 
 # The original's state dicts: the variants by their first letter, keys, shape. {a,b} stands for
@@ -182,45 +177,9 @@ def official_shapes(variant):
     return shapes
 
 
-def small_config(variant="multi_scale", **changes):
-    """ResNet-50 with a small transformer."""
-    sizes = dict(
-        num_classes=7,
-        hidden_dim=32,
-        num_heads=4,
-        num_encoder_layers=2,
-        num_decoder_layers=3,
-        feedforward_dim=48,
-        num_encoder_points=2,
-        num_decoder_points=3,
-        num_queries=20,
-    )
-    return ModelConfig(**(sizes | VARIANTS[variant] | changes))
-
-
-def randomise(model):
-    """Let every tensor matter, those that start at zero too."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02 if "backbone" in name else 0.2)
-        for module in model.modules():
-            if isinstance(module, FrozenBatchNorm2d):
-                module.weight.uniform_(0.3, 0.6)
-                module.bias.uniform_(-0.2, 0.2)
-                module.running_mean.uniform_(-0.2, 0.2)
-                module.running_var.uniform_(0.5, 2)
-    return model
-
-
 def checkpoint_of(model, categories=None):
     ids = list(range(10, 10 + model.config.num_classes))
     return Checkpoint(model.state_dict(), Config(model=model.config), categories, ids)
-
-
-@pytest.fixture
-def shallow_resnet(monkeypatch):
-    """A ResNet-50 of one block per stage, to be quick."""
-    monkeypatch.setitem(RESNET_BLOCKS, "resnet50", (1, 1, 1, 1))
 
 
 @pytest.fixture
@@ -288,23 +247,6 @@ def test_trainable_parameters_are_as_many_as_the_originals(variant):
 
 
 # ---- the original's files ------------------------------------------------------------------------
-
-
-def original_file(path, trained, **changes):
-    """What the original's training writes."""
-    arguments = dict(
-        lr=2e-4, lr_backbone_names=["backbone.0"], nheads=4, dropout=0.25, dilation=False,
-        num_queries=20, aux_loss=True, masks=False, output_dir="exps", device="cuda",
-    )  # fmt: skip
-    content = {
-        "model": trained.state_dict(),
-        "optimizer": {"state": {0: {"step": 3}}, "param_groups": [{"lr": 1e-4, "params": [0]}]},
-        "lr_scheduler": {"step_size": 40, "_last_lr": [2e-4]},
-        "epoch": 49,
-        "args": argparse.Namespace(**arguments),
-    }
-    torch.save(content | changes, path)
-    return path
 
 
 def test_originals_file_loads_with_its_command_line(tmp_path, small_model):
@@ -422,7 +364,7 @@ OURS = {"format": 1, "model": {}, "categories": None, "category_ids": []}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"not a checkpoint", "must be a checkpoint, but reading it failed: "),
+        (b"not a checkpoint", "must be a checkpoint, got a text that begins with 'not a"),
         ([1, 2], "must hold a dict, got list"),
         ({"epoch": 3}, "a state dict of Deformable DETR must have the key transformer.level_embed"),
         ({"format": 99}, "format must be 1, got 99"),

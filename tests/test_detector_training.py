@@ -20,6 +20,7 @@ import torch.multiprocessing as mp
 import train
 from torch import nn
 
+from conftest import SMALL_RUN
 from detector import processes, saving
 from detector.backbone import FrozenBatchNorm2d
 from detector.checkpoints import read_checkpoint
@@ -34,7 +35,6 @@ from detector.config import (
 )
 from detector.data import build_datasets
 from detector.data.loading import make_loader
-from detector.data.shapes import EASY, make_shapes
 from detector.losses import NonFiniteLoss
 from detector.model import build_model
 from detector.training import Trainer, learning_rate_factor, parameter_groups
@@ -57,13 +57,6 @@ SMALL = PRESETS["shapes-easy"].replace(
 @pytest.fixture(autouse=True)
 def one_thread(set_threads):
     set_threads(1)
-
-
-@pytest.fixture(scope="session")
-def shapes(tmp_path_factory):
-    """Folder of 32 training and 8 validation images."""
-    preset = dataclasses.replace(EASY, num_train=32, num_val=8)
-    return str(make_shapes(preset, str(tmp_path_factory.mktemp("shapes"))))
 
 
 def make_trainer(
@@ -686,15 +679,10 @@ def test_cuda_without_an_index_is_the_device_of_this_process(monkeypatch):
 
 # ---- the command line ----------------------------------------------------------------------------
 
-SETTINGS = (
-    "--preset shapes-easy --hidden-dim 32 --num-heads 2 --num-encoder-layers 1 "
-    "--feedforward-dim 32 --num-queries 10 --batch-size 4 --log-every 1 --device cpu"
-)
-
 
 def test_the_program_trains_stops_resumes_and_fine_tunes(shapes, tmp_path, capsys):
     folder, program = tmp_path / "run", [sys.executable, train.__file__]
-    given = [*SETTINGS.split(), "--data-path", shapes, "--output", str(folder), "--epochs", "200"]
+    given = [*SMALL_RUN.split(), "--data-path", shapes, "--output", str(folder), "--epochs", "200"]
     running = subprocess.Popen(
         [*program, *given, "--num-workers", "1"],
         stderr=subprocess.PIPE,

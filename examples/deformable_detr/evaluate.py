@@ -102,7 +102,8 @@ def prepare(options: argparse.Namespace) -> tuple[DeformableDETR, CocoDetection]
     if dataset.num_classes > model.config.num_classes:
         raise ValueError(
             f"{options.checkpoint} must know the {dataset.num_classes} classes of "
-            f"{dataset.coco_json}, got {model.config.num_classes}"
+            f"{dataset.coco_json}, got {model.config.num_classes}; to train it on them first: "
+            f"train.py --weights {options.checkpoint} --reset-classes --data-path FOLDER"
         )
     return model, dataset
 

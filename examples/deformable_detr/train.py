@@ -15,12 +15,13 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detector import processes, saving
+from detector import fine_tuning, locks, processes, saving
 from detector.checkpoints import load_into, read_checkpoint
 from detector.config import PRESETS, CommandLine, Config, parse_command_line
 from detector.data import DataError, build_datasets
@@ -35,13 +36,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; return the exit status."""
     command = parse_command_line(arguments)
     logging.basicConfig(format="%(message)s")
-    with processes.joined(command.run.device) as device, logging_redirect_tqdm():
+    with (
+        processes.joined(command.run.device) as device,
+        logging_redirect_tqdm(),
+        ExitStack() as until_the_end,
+    ):
         try:
-            trainer = prepare(command, device)
-        except (ValueError, OSError, ModuleNotFoundError, saving.CheckpointError) as error:
+            trainer = prepare(command, device, until_the_end)
+        except (ValueError, OSError, ImportError, saving.CheckpointError) as error:
             return _fail(error)
+        last, epochs = trainer.folder / saving.LAST, trainer.config.train.epochs
+        if trainer.epoch >= epochs:
+            _say(
+                f"{command.run.resume} is of a run that is finished, {trainer.epoch} epochs. "
+                f"To go on: --resume {command.run.resume} --epochs N, with N above {trainer.epoch}"
+            )
+            return 0
         _say(trainer.describe())
-        last = trainer.folder / "last.pt"
         try:
             reason = trainer.fit()
         except (saving.CheckpointError, NonFiniteLoss, DataError) as error:
@@ -54,33 +65,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if best:
                 _say(
                     f"Best: AP {best['AP']:.3f} after epoch {best['epoch']}; "
-                    f"weights in {trainer.folder}/best.pt"
+                    f"weights in {trainer.folder / saving.BEST}"
                 )
             return 0
         _say(f"Stopped ({reason}) and saved. To go on: python {sys.argv[0]} --resume {last}")
         return 0 if reason == "time" else 128 + signal.Signals[reason]
 
 
-def prepare(command: CommandLine, device: torch.device) -> Trainer:
-    """Make data, model and trainer; pick up the state of an interrupted run."""
+def prepare(command: CommandLine, device: torch.device, until_the_end: ExitStack) -> Trainer:
+    """Make data, model and trainer; pick up the state of an interrupted run.
+
+    The folder of the run is kept from others until ``until_the_end``.
+    """
     run = command.run
+    if run.resume and not Path(run.resume).is_file():
+        saving.load(Path(run.resume))  # says what it is instead
+    folder = Path(
+        run.output or (Path(run.resume).parent if run.resume else f"out/{command.preset}")
+    )
+    until_the_end.enter_context(locks.folder_locked(folder))
+    # Only now: another run may have written it to its end.
     checkpoint = saving.load(Path(run.resume)) if run.resume else None
     config = Config.from_dict(checkpoint["config"]) if checkpoint else PRESETS[command.preset]
-    if run.weights:
-        weights = read_checkpoint(run.weights)
+    weights = read_checkpoint(run.weights, "--weights") if run.weights else None
+    if weights:
         config = dataclasses.replace(config, model=weights.config.model)
     config = config.replace(**command.changes)
-    folder = Path(
-        run.output or (Path(run.resume).parent if checkpoint else f"out/{command.preset}")
-    )
-    if not checkpoint and (folder / "last.pt").exists():
-        raise ValueError(
-            f"output must not hold another run, got {folder}: go on with that one by "
-            f"--resume {folder}/last.pt, or give another --output"
-        )
+    if not checkpoint:
+        for name in (saving.LAST, saving.PREVIOUS):
+            if (folder / name).exists():
+                raise ValueError(
+                    f"output must not hold another run, got {folder}: go on with that one by "
+                    f"--resume {folder / name}, or give another --output"
+                )
 
+    if weights and not run.reset_classes and "label_ids" not in command.changes:
+        config = fine_tuning.with_labels_of(weights, run.weights, config)
     train_set, val_set = build_datasets(config.data, seed=config.train.seed)
-    config = config.replace(num_classes=train_set.num_classes)
+    if checkpoint:
+        fine_tuning.check_classes(checkpoint, run.resume, train_set)
+    elif weights and not run.reset_classes:
+        fine_tuning.check_weights(weights, run.weights, config, train_set)
+    else:
+        config = config.replace(num_classes=train_set.num_classes)
     shared = dict(
         batch_size=config.train.batch_size,
         num_workers=config.data.num_workers,
@@ -103,7 +130,7 @@ def prepare(command: CommandLine, device: torch.device) -> Trainer:
         backbone_weights=None if from_scratch else run.backbone_weights or None,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )
-    if run.weights:
+    if weights:
         load_into(model, weights.state, run.reset_classes)
     trainer = Trainer(
         model,

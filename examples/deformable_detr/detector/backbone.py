@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detector import files
+
 RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
@@ -226,16 +228,25 @@ def load_resnet(resnet: ResNet, path: str | Path) -> None:
     """Load torchvision's weights, trained on ImageNet, into a ResNet.
 
     Raises:
+        OSError: there is no such file.
         ValueError: the file does not hold the weights of this net.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = files.read(Path(path), "--backbone-weights")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    nested = state.get("state_dict")
+    state = nested if isinstance(nested, dict) else state
     # What frozen batch norms and a net without a classifier have no use for.
     state = {
         key: tensor
         for key, tensor in state.items()
         if not key.startswith("fc.") and not key.endswith("num_batches_tracked")
     }
-    try:
-        resnet.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} must hold torchvision's weights of the net: {error}") from None
+    problems = files.misfits(resnet.state_dict(), state)
+    if problems:
+        raise ValueError(
+            f"{path} must hold torchvision's weights of the net, but "
+            f"{files.shortened(problems.values(), '; ', 3)}"
+        )
+    resnet.load_state_dict(state)

@@ -11,18 +11,18 @@ import argparse
 import itertools
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from detector import files, pickles, saving
 from detector.backbone import RESNET_BLOCKS
 from detector.config import Config, DataConfig, ModelConfig
 from detector.model import DeformableDETR, build_model
-from detector.saving import FORMAT, save
 
 State = dict[str, Tensor]
 
@@ -39,12 +39,14 @@ class Checkpoint:
     category_ids: list[int]  # the id in the data of each class
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, option: str = "") -> Checkpoint:
     """Read a checkpoint of any kind; nothing in it is executed.
 
     Args:
-        path: a file of ours (its moving average, where it has one), a ``.pth`` of the original, a
-            folder that transformers' ``save_pretrained`` wrote, or its ``.safetensors`` alone.
+        path: a file of ours or of others (the moving average of the weights, where it has one): the
+            original's ``.pth``, a state dict alone or under one of the usual names and prefixes,
+            ``.safetensors``; or a folder that transformers' ``save_pretrained`` wrote.
+        option: the one that the path was given by, for advice.
 
     Returns:
         Its contents. Where a file holds weights only, sizes come from their shapes and the rest is
@@ -53,16 +55,17 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         OSError: there is no such file.
         ValueError: it is no checkpoint of this model; says what is wrong with it.
+        ImportError: it takes a package that is not installed.
     """
     path = Path(path)
     try:
-        if path.is_dir():
+        if (path / "config.json").is_file():
             return _read_transformers_folder(path)
-        content = _read_file(path)
-        if "format" in content:
+        content = files.read(path, option)
+        if isinstance(content.get("format"), int):
             return _read_ours(content)
-        state = content.get("model", content)
-        if any(key.startswith("model.") for key in state):
+        state = _weights_in(content)
+        if "model.level_embed" in state:
             state = from_transformers(state)
             return _foreign(state, config_from_state(state))
         state = _without_leftovers(state)
@@ -77,29 +80,70 @@ def _foreign(state: State, model: ModelConfig, categories: list[str] | None = No
     return Checkpoint(state, config, categories, list(range(model.num_classes)))
 
 
-def _read_file(path: Path) -> dict[str, Any]:
-    read = _safetensors().load_file if path.suffix == ".safetensors" else _read_pickle
-    try:
-        content = read(path)
-    except OSError:
-        raise
-    except Exception as error:  # both raise many kinds for a damaged file
-        cause = str(error).partition("\n")[0]
-        raise ValueError(f"must be a checkpoint, but reading it failed: {cause}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"must hold a dict, got {type(content).__name__}")
-    return content
+# Under what others keep weights; a moving average comes before what it averages.
+_NESTED = (
+    *("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema", "params_ema"),
+    *("model", "state_dict", "model_state_dict", "net", "network", "module", "weights", "params"),
+)
+_LEVELS = ("transformer.level_embed", "model.level_embed")  # the original's and transformers'
 
 
-def _read_pickle(path: Path) -> Any:
-    # The original's files hold their command line in a Namespace: plain data, safe to build.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+def _weights_in(content: dict[str, Any]) -> State:
+    """The state dict in a file of others, with the names that the model itself gives."""
+    candidates = [_bare(state) for state in _state_dicts(content)]
+    state = next((s for s in candidates if any(key in s for key in _LEVELS)), None)
+    if state is None:
+        found = max(candidates, key=len, default={})
+        raise ValueError(
+            f"a state dict of Deformable DETR must have the key {_LEVELS[0]}, "
+            f"got {_kind_of(found, content)}"
+        )
+    for key, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            kind = getattr(type(tensor), "origin", type(tensor).__name__)
+            raise ValueError(f"{key} must be a tensor, got {kind}")
+    return state
+
+
+def _state_dicts(content: dict[str, Any], depth: int = 3) -> Iterator[State]:
+    """Dictionaries with tensors, in which others are under the usual names."""
+    if depth > 0:
+        for name in _NESTED:
+            if isinstance(content.get(name), dict):
+                yield from _state_dicts(content[name], depth - 1)
+    if any(isinstance(value, Tensor) for value in content.values()):
+        yield content
+
+
+def _bare(state: dict[Any, Any]) -> State:
+    """Without what wrappers put before the names, or into them, and what else they keep."""
+    wrappers = re.compile(r"(^|\.)((module|_orig_mod)\.)+")
+    bare = {wrappers.sub(r"\1", key): t for key, t in state.items() if isinstance(key, str)}
+    starts = {key.removesuffix(end) for key in bare for end in _LEVELS if key.endswith(end)}
+    start = min(starts, key=lambda text: ("ema" not in text, text), default="")
+    return {key.removeprefix(start): t for key, t in bare.items() if key.startswith(start)}
+
+
+def _kind_of(state: State, content: dict[str, Any]) -> str:
+    """What weights of another model are, as far as their names tell."""
+    if not state:
+        return f"a file in which no weights are known by name: {files.shortened(content)}"
+    for key, kind in (
+        (
+            "transformer.encoder.layers.0.self_attn.in_proj_weight",
+            "those of DETR, which attends otherwise and has other weights",
+        ),
+        ("bbox_head.cls_branches.0.weight", "those of mmdetection, which has other names"),
+        ("layer1.0.conv1.weight", "those of a ResNet alone, which --backbone-weights takes"),
+    ):
+        if key in state:
+            return kind
+    return f"those of another model: {files.shortened(state)}"
 
 
 def _read_ours(content: dict[str, Any]) -> Checkpoint:
-    if content["format"] != FORMAT:
-        raise ValueError(f"format must be {FORMAT}, got {content['format']}")
+    if content["format"] != saving.FORMAT:
+        raise ValueError(f"format must be {saving.FORMAT}, got {content['format']}")
     for name in ("model", "config", "categories", "category_ids"):
         if name not in content:
             raise ValueError(f"a checkpoint must hold {name}, got {', '.join(content)}")
@@ -111,8 +155,17 @@ def _read_ours(content: dict[str, Any]) -> Checkpoint:
     )
 
 
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
 def _read_transformers_folder(folder: Path) -> Checkpoint:
-    theirs = json.loads((folder / "config.json").read_text())
+    try:
+        theirs = json.loads((folder / "config.json").read_bytes())
+        kind = theirs.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"config.json must be one of transformers, but {error}") from error
+    if kind not in (None, "deformable_detr"):
+        raise ValueError(f"model_type in config.json must be deformable_detr, got {kind!r}")
     heads = {theirs.get(f"{part}_attention_heads", 8) for part in ("encoder", "decoder")}
     activation = theirs.get("activation_function", "relu")
     if len(heads) > 1 or activation != "relu":
@@ -126,7 +179,10 @@ def _read_transformers_folder(folder: Path) -> Checkpoint:
     if queries in theirs:
         settings["num_queries"] = theirs[queries]
 
-    state = from_transformers(_read_file(folder / "model.safetensors"))
+    weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
+    if weights is None:
+        raise ValueError(f"must hold {' or '.join(_WEIGHTS)} beside config.json, got neither")
+    state = from_transformers(_bare(files.read(weights)))
     model = config_from_state(state, **settings)
     names = theirs.get("id2label", {})
     categories = [names[label] for label in sorted(names, key=int)]
@@ -155,9 +211,13 @@ _ARGUMENTS = {
 }
 
 
-def _settings_of(arguments: argparse.Namespace | None) -> dict[str, Any]:
-    given = {} if arguments is None else vars(arguments)
-    return {ours: given[theirs] for ours, theirs in _ARGUMENTS.items() if theirs in given}
+def _settings_of(arguments: Any) -> dict[str, Any]:
+    given = pickles.settings_of(arguments)
+    return {
+        ours: given[theirs]
+        for ours, theirs in _ARGUMENTS.items()
+        if theirs in given and not isinstance(given[theirs], pickles.Unknown)
+    }
 
 
 def config_from_state(state: State, **settings: Any) -> ModelConfig:
@@ -174,7 +234,10 @@ def config_from_state(state: State, **settings: Any) -> ModelConfig:
 
     def shape(key: str) -> torch.Size:
         if key not in state:
-            raise ValueError(f"a state dict of Deformable DETR must have the key {key}")
+            raise ValueError(
+                f"a state dict of Deformable DETR must have the key {key}, "
+                f"got {files.shortened(state)}"
+            )
         return state[key].shape
 
     num_levels, hidden_dim = shape("transformer.level_embed")
@@ -185,7 +248,11 @@ def config_from_state(state: State, **settings: Any) -> ModelConfig:
     )
     names = {blocks: name for name, blocks in RESNET_BLOCKS.items()}
     if blocks not in names:
-        raise ValueError(f"backbone must be one of {RESNET_BLOCKS}, got {blocks} blocks")
+        others = [key for key in state if key.startswith("backbone.")]
+        raise ValueError(
+            f"backbone must be one of {RESNET_BLOCKS}, got {blocks} blocks, in "
+            f"{files.shortened(others) or 'no key'}"
+        )
     found = {
         "backbone": names[blocks],
         "num_classes": shape("class_embed.0.weight")[0],
@@ -216,8 +283,8 @@ def _count(state: State, pattern: str) -> int:
 
 
 def _without_leftovers(state: State) -> State:
-    """Without the entries that tools left in some of the original's files."""
-    leftovers = ("total_params", "total_ops", "num_batches_tracked")
+    """Without the entries that tools leave beside the weights."""
+    leftovers = ("total_params", "total_ops", "num_batches_tracked", "n_averaged")
     return {key: tensor for key, tensor in state.items() if not key.endswith(leftovers)}
 
 
@@ -230,7 +297,10 @@ def load_model(path: str | Path) -> tuple[DeformableDETR, Checkpoint]:
     """Build the model of a checkpoint, for evaluation; see :func:`read_checkpoint`."""
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint.config.model)
-    load_into(model, checkpoint.state)
+    try:
+        load_into(model, checkpoint.state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return model.eval(), checkpoint
 
 
@@ -256,24 +326,19 @@ def load_into(model: DeformableDETR, state: State, reset_classes: bool = False) 
             if proposals in key and key in state:
                 head[0] = state[key][0]
             state[key] = head
-    problems = [f"{key} is missing" for key in own if key not in state]
-    problems += [f"{key} is unexpected" for key in state if key not in own]
-    shapes = {
-        key: f"{key} must have shape {tuple(own[key].shape)}, got {tuple(state[key].shape)}"
-        for key in own
-        if key in state and own[key].shape != state[key].shape
-    }
-    problems += shapes.values()
+    problems = files.misfits(own, state)
     if not problems:
         model.load_state_dict(state)
         return
-    if len(shapes) == len(problems) and all(key.startswith(_CLASS_HEADS) for key in shapes):
+    if all(key in own and key in state and key.startswith(_CLASS_HEADS) for key in problems):
         raise ValueError(
-            f"the checkpoint has other classes than the model: {problems[0]}; to fine-tune on the "
-            "model's classes with new class heads, pass reset_classes=True (--reset-classes)"
+            f"the checkpoint has other classes than the model: {next(iter(problems.values()))}; to "
+            "fine-tune on the model's classes with new class heads, pass reset_classes=True "
+            "(--reset-classes)"
         )
-    rest = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-    raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems[:5])}{rest}")
+    raise ValueError(
+        f"the checkpoint does not fit the model: {files.shortened(problems.values(), '; ', 5)}"
+    )
 
 
 # ---- the names of transformers -------------------------------------------------------------------
@@ -409,7 +474,7 @@ def save_ours(path: Path, checkpoint: Checkpoint) -> None:
         "categories": checkpoint.categories,
         "category_ids": checkpoint.category_ids,
     }
-    save(content, path)
+    saving.save(content, path)
 
 
 def save_original(path: Path, checkpoint: Checkpoint) -> None:
@@ -418,7 +483,7 @@ def save_original(path: Path, checkpoint: Checkpoint) -> None:
     _check_convertible(config)
     arguments = {theirs: getattr(config, ours) for ours, theirs in _ARGUMENTS.items()}
     content = {"model": checkpoint.state, "args": argparse.Namespace(masks=False, **arguments)}
-    torch.save(content, path)
+    saving.write(content, path)
 
 
 def save_transformers(folder: Path, checkpoint: Checkpoint, timm: bool = False) -> None:
@@ -482,7 +547,7 @@ def save_transformers(folder: Path, checkpoint: Checkpoint, timm: bool = False) 
     tensors = {
         key: tensor.clone() for key, tensor in to_transformers(checkpoint.state, timm).items()
     }
-    _safetensors().save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    files.safetensors().save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def _check_convertible(config: ModelConfig) -> None:
@@ -491,11 +556,3 @@ def _check_convertible(config: ModelConfig) -> None:
             f"a model to be converted must have attention 'deformable' and a backbone of "
             f"{', '.join(RESNET_BLOCKS)}, got {config.attention!r} and {config.backbone!r}"
         )
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors.torch  # comes with transformers
-    except ImportError:
-        raise ImportError("files of transformers need the package safetensors") from None
-    return safetensors.torch

@@ -34,8 +34,10 @@ class BoxHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """(..., C) to (..., 4)."""
         first, second, last = self.layers
+        weight = next(first.parameters(), None)  # quantized layers have none, and take float32
+        dtype = torch.float32 if weight is None else weight.dtype
         with torch.autocast(hidden.device.type, enabled=False):
-            hidden = F.relu(second(F.relu(first(hidden.to(first.weight.dtype)))))
+            hidden = F.relu(second(F.relu(first(hidden.to(dtype)))))
             logits = last(hidden)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -141,7 +143,8 @@ class DeformableDETR(nn.Module):
             ``pred_logits`` (B, Q, num_classes) before the sigmoid; ``pred_boxes`` (B, Q, 4) centre
             x, centre y, width, height, 0..1 across the image without its padding; with
             ``aux_loss`` also ``aux_outputs``, the same for each earlier decoder layer; of two-stage
-            models also ``enc_outputs``, the same for each token of the encoder.
+            models also ``enc_outputs``, the same for each token of the encoder. Under
+            ``torch.jit.trace``, which knows no such nesting, the first two alone.
 
         Raises:
             ValueError: images or mask have the wrong shape or dtype.
@@ -175,6 +178,8 @@ class DeformableDETR(nn.Module):
             for head, vectors, layer_boxes in zip(self.class_embed, hidden, boxes, strict=False)
         ]
         outputs: dict[str, Any] = layers[-1]
+        if torch.jit.is_tracing():
+            return outputs
         if self.config.aux_loss:
             outputs["aux_outputs"] = layers[:-1]
         if proposed is not None:

@@ -81,6 +81,19 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
+def is_running(process: str) -> bool:
+    """Whether a process of this number runs on this machine."""
+    if os.name != "posix" or not process.isdecimal():
+        return True  # who knows
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
 class StopSignals:
     """Within it, Ctrl-C and SIGTERM only take note, so that the step ends and is saved.
 

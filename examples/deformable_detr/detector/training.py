@@ -76,7 +76,7 @@ def learning_rate_factor(step: int, steps_per_epoch: int, config: TrainConfig) -
 
 
 class Trainer:
-    """Trains a model, and saves ``last.pt`` and ``best.pt`` in a folder.
+    """Trains a model, and saves ``last.pt``, ``previous.pt`` and ``best.pt`` in a folder.
 
     Args:
         model: with the weights to start from, on the CPU.
@@ -211,11 +211,11 @@ class Trainer:
             saving.restore_random_state(state["random"][processes.rank()])
 
     def save(self) -> None:
-        """Write ``last.pt``."""
+        """Write ``last.pt``; the one before it becomes ``previous.pt``."""
         state = self.state()
         self._saved_at = time.monotonic()
         if processes.rank() == 0:
-            saving.save(state, self.folder / "last.pt")
+            saving.save(state, self.folder / saving.LAST, self.folder / saving.PREVIOUS)
 
     def _save_if_possible(self) -> None:
         """As ``save``, but a full disk does not end the run: the next time may do."""
@@ -380,7 +380,8 @@ class Trainer:
         if metrics["AP"] is not None and metrics["AP"] > self.best.get("AP", -math.inf):
             self.best = {"AP": metrics["AP"], "epoch": epoch}
             try:
-                saving.save(self._weights(model) | {"best": self.best}, self.folder / "best.pt")
+                weights = self._weights(model) | {"best": self.best}
+                saving.save(weights, self.folder / saving.BEST)
             except saving.CheckpointError as error:
                 tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
 
