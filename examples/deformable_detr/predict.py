@@ -3,7 +3,7 @@
     python predict.py photo.jpg --checkpoint out/digits/best.pt
     python predict.py frames/ --checkpoint r50_deformable_detr-checkpoint.pth --show-points
 
-Exit status 1 if an image could not be read; the others are done all the same.
+Exit status 1 if an image could not be read or predicted; the others are done all the same.
 """
 
 from __future__ import annotations
@@ -16,15 +16,19 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from detector.checkpoints import load_model
+from detector.checkpoints import Checkpoint, load_model
+from detector.config import add_data_options
+from detector.data.annotations import Findings
+from detector.data.images import ImageRules, UnreadableImage, is_image_name, read_image
 from detector.data.transforms import normalise, resize
 from detector.drawing import (
     arrange,
@@ -37,6 +41,8 @@ from detector.drawing import (
 )
 from detector.model import DeformableDETR
 from msda.plot import SamplingRecord
+
+OVERRULED = ("exif", "white_level", "max_pixels")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,24 +59,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "show_points and attention_map must come with deformable attention, got "
                 f"{options.checkpoint}, which is dense"
             )
+        given = {name: value for name, value in vars(options).items() if name in OVERRULED}
+        data = replace(checkpoint.config.data, **given)
         options.output.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
         print(f"error: {error}", file=sys.stderr)  # the last two: of a device that is not there
         return 1
+    if options.max_side is None and options.short_side != 0:
+        options.max_side = data.max_side
     if options.short_side is None:
-        options.short_side = checkpoint.config.data.short_sides[-1]
-    if options.max_side is None:
-        options.max_side = checkpoint.config.data.max_side
+        options.short_side = data.short_sides[-1]
     try:
-        failures = predict(model, checkpoint.categories, paths, options)
+        failures = predict(model, checkpoint, paths, options, ImageRules.of(data))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    if failures:
-        print(f"{failures} of {len(paths)} images could not be read", file=sys.stderr)
-    return int(failures > 0)
+    for what, number in failures.items():
+        print(f"{number} of {len(paths)} images could not be {what}", file=sys.stderr)
+    return int(bool(failures))
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -112,7 +120,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--short-side",
         type=int,
         metavar="PIXELS",
-        help="to resize images to, 0: not; default: that of the checkpoint's evaluation, or 800",
+        help="to resize images to; 0: not, or only down to a --max-side that is given; "
+        "default: that of the checkpoint's evaluation, or 800",
     )
     option(
         "--max-side",
@@ -121,6 +130,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="the longer side, at most; default: that of the checkpoint's evaluation, or 1333",
     )
     option("--device", default="", help="default: cuda where there is one")
+    add_data_options(parser, OVERRULED, of_checkpoint=True)
     options = parser.parse_args(arguments)
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold must be from 0 to 1, got {options.threshold:g}")
@@ -141,10 +151,17 @@ def find_images(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise ValueError(f"input must be an image or a folder, got {str(path)!r}")
-    formats = Image.registered_extensions()
-    images = [file for file in path.iterdir() if formats.get(file.suffix.lower()) in Image.OPEN]
+    files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    images = [file for file in files if is_image_name(file)]
     if not images:
         raise ValueError(f"input must hold images, got {str(path)!r} without one")
+    findings = Findings()
+    findings.add(
+        "files are not called as images are and are left out",
+        [file.name for file in files if file not in set(images)],
+    )
+    for line in findings.lines():
+        print(line, file=sys.stderr)
 
     def numbers_apart(file: Path) -> list[str | int]:
         return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", file.name)]
@@ -154,11 +171,16 @@ def find_images(path: Path) -> list[Path]:
 
 def predict(
     model: DeformableDETR,
-    categories: Sequence[str] | None,
+    checkpoint: Checkpoint,
     paths: Sequence[Path],
     options: argparse.Namespace,
-) -> int:
-    """Predict and draw images, and write ``predictions.json``; return how many were unreadable."""
+    rules: ImageRules,
+) -> Counter[str]:
+    """Predict and draw images, and write ``predictions.json``.
+
+    Returns:
+        How many could not be "read" or "predicted", where there were such.
+    """
     stems = Counter(path.stem for path in paths)
     device = next(model.parameters()).device
     result: dict[str, Any] = {
@@ -166,48 +188,61 @@ def predict(
         "threshold": options.threshold,
         "images": [],
         "unreadable": [],
+        "failed": [],
     }
+    failures: Counter[str] = Counter()
+    findings = Findings()
     try:
         for path in tqdm(paths, "predicting", unit="image"):
+            kind, what = "unreadable", "read"
             try:
-                with Image.open(path) as file:
-                    image = ImageOps.exif_transpose(file).convert("RGB")
-            except Exception as error:  # PIL's decoders raise whatever they stumble over
-                tqdm.write(f"{path} cannot be read and is left out: {error}", file=sys.stderr)
-                result["unreadable"].append({"file": path.name, "cause": str(error)})
+                photo = read_image(path, rules)
+                for oddity in photo.oddities:
+                    findings.add(f"images: {oddity}", [path.name])
+                image, kind, what = photo.image, "failed", "predicted"
+                small, _ = resize(image, torch.zeros(0, 4), options.short_side, options.max_side)
+                detected, record = detect(
+                    model,
+                    normalise(small).to(device),
+                    torch.tensor([image.height, image.width]),
+                    points=options.show_points > 0 or options.attention_map > 0,
+                )
+            # Of the model: mostly that an image takes more memory than there is.
+            except (UnreadableImage, ValueError, RuntimeError, MemoryError) as error:
+                cause = str(error).partition("\n")[0] or type(error).__name__
+                tqdm.write(f"{path} cannot be {what} and is left out: {cause}", file=sys.stderr)
+                result[kind].append({"file": path.name, "cause": cause})
+                failures[what] += 1
                 continue
-            small, _ = resize(image, torch.zeros(0, 4), options.short_side, options.max_side)
-            detected, record = detect(
-                model,
-                normalise(small).to(device),
-                torch.tensor([image.height, image.width]),
-                points=options.show_points > 0 or options.attention_map > 0,
-            )
             result["images"].append(
                 {
                     "file": path.name,
                     "width": image.width,
                     "height": image.height,
-                    "detections": as_records(detected, options.threshold, categories),
+                    "detections": as_records(detected, options.threshold, checkpoint),
                 }
             )
             # Two files may differ in their suffix only.
             name = path.stem if stems[path.stem] == 1 else path.name
-            save_pictures(image, detected, record, categories, name, options)
+            save_pictures(image, detected, record, checkpoint.categories, name, options)
     finally:  # also of what was done before Ctrl-C
         (options.output / "predictions.json").write_text(json.dumps(result, indent=1) + "\n")
-    return len(result["unreadable"])
+    for line in findings.lines():
+        print(line, file=sys.stderr)
+    return failures
 
 
 def as_records(
-    detected: dict[str, Tensor], threshold: float, categories: Sequence[str] | None
+    detected: dict[str, Tensor], threshold: float, checkpoint: Checkpoint
 ) -> list[dict[str, Any]]:
     """Detections of at least ``threshold`` for JSON, boxes as [x0, y0, x1, y1] in pixels."""
+    ids = checkpoint.category_ids
     columns = (detected[name].tolist() for name in ("scores", "labels", "boxes", "queries"))
     return [
         {
             "label": label,
-            "name": name_of(label, categories),
+            "category_id": ids[label] if label < len(ids) else None,
+            "name": name_of(label, checkpoint.categories),
             "score": round(score, 5),
             "box": [round(side, 2) for side in box],
             "query": query,

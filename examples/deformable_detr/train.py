@@ -4,6 +4,7 @@
     python train.py --data-path /data/coco --backbone-weights resnet50-0676ba61.pth
     torchrun --nproc-per-node 8 train.py --data-path /data/coco --batch-size 4 ...
     python train.py --resume out/digits/last.pt
+    python train.py --data-path /data/mine --check-data
 
 ``python train.py --help`` lists all settings, those of a preset with ``--preset NAME --help``.
 """
@@ -16,6 +17,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +27,7 @@ from detector import fine_tuning, locks, processes, saving
 from detector.checkpoints import load_into, read_checkpoint
 from detector.config import PRESETS, CommandLine, Config, parse_command_line
 from detector.data import DataError, build_datasets
+from detector.data.check import check_data
 from detector.data.loading import make_loader
 from detector.evaluation import evaluate
 from detector.losses import NonFiniteLoss
@@ -36,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Train as the command line says; return the exit status."""
     command = parse_command_line(arguments)
     logging.basicConfig(format="%(message)s")
+    if command.run.check_data:
+        return _check_data(command)
     with (
         processes.joined(command.run.device) as device,
         logging_redirect_tqdm(),
@@ -53,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             return 0
         _say(trainer.describe())
+        if not trainer.evaluate:
+            _say("There is no split val: nothing is validated, and no epoch is the best.")
         try:
             reason = trainer.fit()
         except (saving.CheckpointError, NonFiniteLoss, DataError) as error:
@@ -60,8 +67,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             _say(f"\nStopped at once. The last state saved, if any, is {last}.")
             return 128 + signal.SIGINT
+        for line in trainer.dataset.image_findings().lines():
+            _say(f"Training data: {line}")
         if reason == "finished":
             best = trainer.best
+            if not trainer.evaluate:
+                _say(f"Nothing was validated; weights of the last epoch in {last}")
             if best:
                 _say(
                     f"Best: AP {best['AP']:.3f} after epoch {best['epoch']}; "
@@ -116,7 +127,10 @@ def prepare(command: CommandLine, device: torch.device, until_the_end: ExitStack
         pin_memory=device.type == "cuda",
     )
     loader = make_loader(train_set, seed=config.train.seed, **shared)
-    val_loader = make_loader(val_set, **shared)
+    evaluation = None
+    if val_set:
+        val_loader = make_loader(val_set, **shared)
+        evaluation = partial(evaluate, loader=val_loader, dataset=val_set, device=device)
 
     from_scratch = config.model.backbone == "tiny" or run.backbone_weights == "random"
     if not (from_scratch or checkpoint or run.weights or run.backbone_weights):
@@ -135,7 +149,7 @@ def prepare(command: CommandLine, device: torch.device, until_the_end: ExitStack
     trainer = Trainer(
         model,
         loader,
-        lambda trained: evaluate(trained, val_loader, val_set, device),
+        evaluation,
         config,
         run,
         folder,
@@ -144,6 +158,17 @@ def prepare(command: CommandLine, device: torch.device, until_the_end: ExitStack
     if checkpoint:
         trainer.restore(checkpoint)
     return trainer
+
+
+def _check_data(command: CommandLine) -> int:
+    """Show the data that a run would take; return the exit status."""
+    try:
+        resumed = saving.load(Path(command.run.resume)) if command.run.resume else None
+        config = Config.from_dict(resumed["config"]) if resumed else PRESETS[command.preset]
+        config = config.replace(**command.changes)
+    except (ValueError, saving.CheckpointError) as error:
+        return _fail(error)
+    return check_data(config.data, Path(command.run.output or f"out/{command.preset}"))
 
 
 def _say(text: str) -> None:

@@ -115,7 +115,7 @@ class ResidualBlock(nn.Module):
         self.convolutions = nn.Sequential(
             *_convolution(channels, channels, stride=1),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.BatchNorm2d(channels),
+            BatchNorm2d(channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,10 +144,25 @@ class TinyNet(nn.Module):
         return maps
 
 
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm that takes its running statistics where a batch has one value per channel.
+
+    Such a batch, one image on a map of one pixel, has no variance; PyTorch refuses to train on it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        if x.shape[0] * x.shape[2] * x.shape[3] > 1:
+            return super().forward(x)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
+        )
+
+
 def _convolution(in_channels: int, out_channels: int, stride: int) -> list[nn.Module]:
     return [
         nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(out_channels),
+        BatchNorm2d(out_channels),
         nn.ReLU(inplace=True),
     ]
 

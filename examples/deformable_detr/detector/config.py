@@ -11,6 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 GROUPS = 32  # of the group norm after each input projection
+# x and y are the upper left corner, cx and cy the centre; relative to the sides of the image.
+BOX_FORMATS = (
+    "coco",
+    "xywh",
+    "xyxy",
+    "cxcywh",
+    "relative-xywh",
+    "relative-xyxy",
+    "relative-cxcywh",
+)
 
 
 def setting(
@@ -156,13 +166,32 @@ class DataConfig(_Checked):
     )
     short_sides: tuple[int, ...] = setting(
         tuple(range(480, 801, 32)),
-        "training resizes to one of these at random, evaluation to the last; 0: not at all",
+        "training resizes to one of these at random, evaluation to the last; 0: only images "
+        "beyond max_side",
         low=0,
     )
     max_side: int = setting(1333, "longest side after resizing", low=1)
     crop: bool = setting(True, "crop half of the training images, after a first resize")
     horizontal_flip: float = setting(0.5, "probability in training", low=0, high=1)
     num_workers: int = setting(2, "processes that load images; 0: the training process", low=0)
+    exif: str = setting(
+        "apply",
+        "apply: turn images upright as their EXIF orientation says; ignore: leave all as stored",
+        choices=("apply", "ignore"),
+    )
+    white_level: float = setting(
+        0.0,
+        "value that is white in grey images of more than 8 bits; 0: 65535, floating point 1",
+        low=0,
+    )
+    max_pixels: int = setting(
+        0, "images with more are left out, lest they fill the memory; 0: Pillow's limit", low=0
+    )
+    box_format: str = setting(
+        "coco",
+        "what a bbox holds; coco: xywh in pixels, refused where the numbers look otherwise",
+        choices=BOX_FORMATS,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -269,6 +298,9 @@ class RunConfig(_Checked):
     max_minutes: float = setting(0.0, "save and stop after so long; 0: no limit", low=0)
     save_minutes: float = setting(10.0, "save so often, besides after each epoch", above=0)
     log_every: int = setting(10, "steps between records in log.jsonl", low=1)
+    check_data: bool = setting(
+        False, "read all images and annotations, print and draw what is there, and end"
+    )
     tensorboard: bool = setting(False, "also log to TensorBoard")
     wandb: bool = setting(False, "also log to Weights & Biases")
 
@@ -383,11 +415,30 @@ def parse_command_line(arguments: Sequence[str] | None = None) -> CommandLine:
 _METAVAR = {int: "N", float: "X", str: "TEXT"}
 
 
-def _add_options(group: argparse._ArgumentGroup, section: Any) -> None:
-    """One option per field; what is not given leaves no trace in the result."""
+def add_data_options(
+    parser: argparse.ArgumentParser, names: Collection[str], *, of_checkpoint: bool = False
+) -> None:
+    """Options for some fields of ``DataConfig``; what is not given leaves no trace in the result.
+
+    Args:
+        parser: to add them to.
+        names: of the fields.
+        of_checkpoint: the defaults are those that a checkpoint holds.
+    """
+    title = "The defaults are those of the checkpoint." if of_checkpoint else DataConfig.__doc__
+    _add_options(parser.add_argument_group("data", title), DataConfig(), names, not of_checkpoint)
+
+
+def _add_options(
+    group: argparse._ArgumentGroup,
+    section: Any,
+    names: Collection[str] | None = None,
+    show_defaults: bool = True,
+) -> None:
+    """One option per field, or for some; what is not given leaves no trace in the result."""
     hints = typing.get_type_hints(type(section))
     for entry in dataclasses.fields(section):
-        if not entry.metadata["option"]:
+        if not (entry.metadata["option"] if names is None else entry.name in names):
             continue
         hint, default = hints[entry.name], getattr(section, entry.name)
         if hint is bool:
@@ -404,6 +455,7 @@ def _add_options(group: argparse._ArgumentGroup, section: Any) -> None:
         group.add_argument(
             f"--{entry.name.replace('_', '-')}",
             default=argparse.SUPPRESS,
-            help=entry.metadata["help"] + (f" (default: {shown})" if shown else ""),
+            help=entry.metadata["help"]
+            + (f" (default: {shown})" if shown and show_defaults else ""),
             **form,
         )

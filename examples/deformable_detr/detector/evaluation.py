@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from detector import processes
+from detector.data.annotations import read_annotations
 from detector.data.coco import CocoDetection
 from detector.data.loading import Batch
 from detector.model import postprocess
@@ -23,6 +24,8 @@ from detector.model import postprocess
 Results = dict[str, Any]
 # Rows x, y, width, height, score, category id; by the id of the image.
 Detections = dict[int, np.ndarray]
+
+NUM_LISTED = 10  # images that could not be read, in a table
 
 
 @torch.no_grad()
@@ -33,6 +36,7 @@ def evaluate(
     device: torch.device | str,
     areas: tuple[int, int] | None = None,
     top: int = 100,
+    file: Path | None = None,
 ) -> Results:
     """Run the model on what the loader gives, and compare with the annotations of those images.
 
@@ -41,14 +45,18 @@ def evaluate(
     Args:
         model: called with images and padding mask; left in the mode it was in.
         loader: of ``dataset``; an image that several processes load counts once.
-        dataset: of validation. An image that it could not read counts as one without detections.
+        dataset: not of training. An image that it could not read counts as one without
+            detections.
         device: that the model is on.
         areas: sides of the squares that part small, medium and large objects, in pixels; None:
             those of the data set.
         top: detections per image.
+        file: to write the detections to, as COCO's servers take them: a list of "image_id",
+            "category_id", "bbox" and "score", with the ids of the data.
 
     Returns:
-        See :func:`average_precision`; also "images" and "unreadable_images", how many there were.
+        See :func:`average_precision`, if the data set has annotations; also "images" and
+        "unreadable_images", how many there were, and "unreadable", their names.
     """
     was_training = model.training
     model.eval()
@@ -58,51 +66,68 @@ def evaluate(
         outputs = model(batch.images, batch.padding_mask)
         sizes = torch.stack([target["orig_size"] for target in batch.targets])
         for target, detected in zip(batch.targets, postprocess(outputs, sizes, top), strict=True):
-            found[int(target["image_id"])] = _rows(detected, dataset.category_ids)
+            position = dataset.position_of(int(target["image_id"]))
+            found[position] = _rows(detected, position, dataset)
     model.train(was_training)
 
-    unreadable = dataset.image_ids[dataset.bad_images].tolist()
-    shares = processes.gather((found, unreadable))
+    shares = processes.gather((found, dataset.bad_images.nonzero()[:, 0].tolist()))
     results = None
     if processes.rank() == 0:
         found = {image: rows for share, _ in shares for image, rows in share.items()}
-        bad = {image for _, share in shares for image in share}
-        found |= {image: np.zeros((0, 6)) for image in bad & found.keys()}
-        results = average_precision(
-            ground_truth(dataset.coco_json), found, areas or dataset.area_sides
-        )
-        results |= {"images": len(found), "unreadable_images": len(bad & found.keys())}
+        bad = {image for _, share in shares for image in share} & found.keys()
+        found |= {image: np.zeros((0, 6)) for image in bad}
+        results = {}
+        if dataset.annotations.has_objects:
+            results = _compare(dataset, found, areas or dataset.area_sides)
+        results |= {
+            "images": len(found),
+            "unreadable_images": len(bad),
+            "unreadable": [dataset.annotations.file_names[image] for image in sorted(bad)],
+        }
+        if file:
+            file.write_text(json.dumps(as_records(found, dataset)) + "\n")
     return processes.gather(results)[0]
 
 
-def _rows(detected: dict[str, Tensor], category_ids: Sequence[int]) -> np.ndarray:
+def _rows(detected: dict[str, Tensor], position: int, dataset: CocoDetection) -> np.ndarray:
+    """Rows as in ``Detections``, but with the label in place of the category id."""
     # A model can know classes that the data lacks: there is nothing to compare them with.
-    known = detected["labels"] < len(category_ids)
+    known = detected["labels"] < dataset.num_classes
     boxes, scores, labels = (detected[name][known].cpu() for name in ("boxes", "scores", "labels"))
-    start, end = boxes.double().chunk(2, -1)
-    categories = torch.tensor(category_ids)[labels]
-    return torch.cat([start, end - start, scores[:, None], categories[:, None]], -1).numpy()
+    start, end = dataset.as_annotated(position, boxes.double()).chunk(2, -1)
+    return torch.cat([start, end - start, scores[:, None], labels[:, None]], -1).numpy()
+
+
+def _compare(dataset: CocoDetection, found: Detections, areas: tuple[int, int]) -> Results:
+    """The average precision of rows with labels, by the position of their image.
+
+    Ids can be anything; the evaluation takes numbers only.
+    """
+    truth = dataset.annotations.as_coco(range(len(dataset)), dataset.labels_of_categories)
+    results = average_precision(truth, found, areas)
+    for entry in results["per_class"]:
+        entry["id"] = dataset.category_ids[entry["id"]]
+    return results
+
+
+def as_records(found: Detections, dataset: CocoDetection) -> list[dict[str, Any]]:
+    """Rows with labels, by the position of their image, in COCO's results form."""
+    return [
+        {
+            "image_id": dataset.annotations.image_ids[image],
+            "category_id": dataset.category_ids[int(label)],
+            "bbox": [round(side, 4) for side in box],
+            "score": round(score, 7),
+        }
+        for image, rows in sorted(found.items())
+        for *box, score, label in rows.tolist()
+    ]
 
 
 def ground_truth(path: Path) -> dict[str, Any]:
-    """The annotation file, with what COCO's evaluation needs and other files leave out."""
-    content = json.loads(path.read_bytes())
-    annotations = [
-        {
-            "id": i,  # from 1: COCO's evaluation takes a match with annotation 0 for none
-            "image_id": record["image_id"],
-            "category_id": record["category_id"],
-            "bbox": record["bbox"],
-            "area": record.get("area", record["bbox"][2] * record["bbox"][3]),
-            "iscrowd": int(record.get("iscrowd", 0)),
-        }
-        for i, record in enumerate(content["annotations"], 1)
-    ]
-    return {
-        "images": [{"id": image["id"]} for image in content["images"]],
-        "categories": content["categories"],
-        "annotations": annotations,
-    }
+    """An annotation file as COCO's evaluation takes it, by the rules of its parser."""
+    annotations = read_annotations(path)
+    return annotations.as_coco(annotations.image_keys, annotations.category_keys)
 
 
 def coco_api() -> tuple[Any, Any]:
@@ -213,6 +238,13 @@ def _mean(numbers: np.ndarray) -> float | None:
 
 def table(results: Results) -> str:
     """The results as text, in percent."""
+    unreadable = results.get("unreadable", [])
+    names = unreadable[:NUM_LISTED]
+    more = ", ..." if len(unreadable) > len(names) else ""
+    counts = f"{results['images']} images, {results['unreadable_images']} unreadable"
+    counts += f": {', '.join(names)}{more}" if names else ""
+    if "AP" not in results:
+        return f"There are no annotations to compare with, so no AP.\n\n{counts}"
     lines = [
         "  ".join(f"{name} {_percent(results[name]):>5}" for name in names)
         for names in (
@@ -225,8 +257,7 @@ def table(results: Results) -> str:
     for entry in results["per_class"]:
         shares = "  ".join(f"{_percent(entry[name]):>5}" for name in ("AP", "AP50"))
         lines.append(f"{entry['category']:{width}}  {entry['objects']:7}  {shares}")
-    lines.append(f"\n{results['images']} images, {results['unreadable_images']} unreadable")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", counts])
 
 
 def _percent(share: float | None) -> str:

@@ -146,7 +146,7 @@ def total(losses: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([loss for name, loss in losses.items() if name.startswith("loss_")]).sum()
 
 
-def check_finite(losses: Mapping[str, float], step: int, images: Sequence[int]) -> None:
+def check_finite(losses: Mapping[str, float], step: int, images: Sequence[Any]) -> None:
     """Refuse a step whose losses are not numbers, before it touches the weights.
 
     Raises:

@@ -42,6 +42,17 @@ class BoxHead(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm that also takes one image on a map of one pixel, with a channel per group.
+
+    What it normalises is then 0, as in a larger batch; PyTorch's module refuses it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to the same shape."""
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class DeformableDETR(nn.Module):
     """Deformable DETR (arXiv 2010.04159); its state dict has the original's keys and shapes.
 
@@ -100,7 +111,7 @@ class DeformableDETR(nn.Module):
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.zeros_(convolution.bias)
         return nn.ModuleList(
-            nn.Sequential(convolution, nn.GroupNorm(GROUPS, width)) for convolution in convolutions
+            nn.Sequential(convolution, GroupNorm(GROUPS, width)) for convolution in convolutions
         )
 
     def _add_heads(self) -> None:

@@ -83,7 +83,7 @@ class Trainer:
         loader: of the training set, see :func:`detector.data.loading.make_loader`; the set's
             ``categories`` and ``category_ids`` go into the checkpoints.
         evaluate: called with the model (or its moving average) after an epoch; gives numbers, of
-            which "AP" says which epoch is best.
+            which "AP" says which epoch is best. None: nothing is evaluated.
         config: what to do.
         run: how to run it.
         folder: of checkpoints and log.
@@ -94,7 +94,7 @@ class Trainer:
         self,
         model: DeformableDETR,
         loader: DataLoader[Batch],
-        evaluate: Callable[[nn.Module], dict[str, Any]],
+        evaluate: Callable[[nn.Module], dict[str, Any]] | None,
         config: Config,
         run: RunConfig,
         folder: Path,
@@ -249,7 +249,8 @@ class Trainer:
                 if reason:
                     self.save()
                     return reason
-                if (self.epoch + 1) % self.config.train.eval_every == 0 or self.epoch + 1 == epochs:
+                last = self.epoch + 1 == epochs
+                if self.evaluate and (last or (self.epoch + 1) % self.config.train.eval_every == 0):
                     self._save_if_possible()
                     try:
                         self._evaluate()
@@ -305,7 +306,7 @@ class Trainer:
                 # To the host at once: every copy waits for the device.
                 numbers = torch.stack([loss.detach() for loss in losses.values()]).tolist()
                 values = dict(zip(losses, numbers, strict=True))
-                images = [int(target["image_id"]) for target in batch.targets]
+                images = [self.dataset.id_of(int(target["image_id"])) for target in batch.targets]
                 check_finite(values, self.step + 1, images)
                 self.scaler.scale(total(losses) / config.accumulate).backward()
             for name, value in values.items():
@@ -328,7 +329,7 @@ class Trainer:
             outputs = self.network(batch.images, batch.padding_mask)
         return self.criterion(outputs, batch.targets)
 
-    def _update(self, images: Sequence[int]) -> float:
+    def _update(self, images: Sequence[Any]) -> float:
         """Step the optimiser; return the norm of the gradient before clipping."""
         self.scaler.unscale_(self.optimizer)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]

@@ -314,7 +314,7 @@ class DeformableTransformer(nn.Module):
     def propose(
         self, memory: Tensor, tokens: Tokens, class_head: nn.Module, box_head: nn.Module
     ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Make queries of the tokens that look most like an object.
+        """Make queries of the tokens that look most like an object; of all, if they are fewer.
 
         Every token proposes a box around itself, larger on coarser levels. Tokens of the padding,
         and those whose box is too close to the border or too large, propose with features zero and
@@ -325,11 +325,6 @@ class DeformableTransformer(nn.Module):
             predicted: ``pred_logits`` (B, S, classes), of which only the first class is trained,
             and ``pred_boxes`` (B, S, 4).
         """
-        if memory.shape[1] < self.num_queries:
-            raise ValueError(
-                f"num_queries must be at most the number of tokens ({memory.shape[1]} for this "
-                f"image size) in a two-stage model, got {self.num_queries}"
-            )
         centres = tokens.centres
         sizes = [
             centres.new_full((height * width,), 0.05 * 2**level)
@@ -346,7 +341,8 @@ class DeformableTransformer(nn.Module):
         features = self.enc_output_norm(self.enc_output(memory.masked_fill(~usable, 0)))
         class_logits = class_head(features)
         box_logits = box_head(features) + anchor_logits
-        best = class_logits[..., 0].topk(self.num_queries, dim=1).indices  # (B, Q)
+        num_queries = min(self.num_queries, memory.shape[1])
+        best = class_logits[..., 0].topk(num_queries, dim=1).indices  # (B, Q)
         reference = box_logits.gather(1, best.unsqueeze(-1).expand(-1, -1, 4)).detach().sigmoid()
 
         channels = memory.shape[-1]

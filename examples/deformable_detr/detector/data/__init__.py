@@ -4,38 +4,55 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from detector.config import DataConfig
 from detector.data import shapes
-from detector.data.coco import CocoDetection, DataError, find_split
+from detector.data.annotations import DataError
+from detector.data.coco import CocoDetection, SplitMissing, find_split
+from detector.data.images import ImageRules
 from detector.data.transforms import Augmentation
 
-__all__ = ["CocoDetection", "DataError", "build_dataset", "build_datasets"]
+__all__ = ["CocoDetection", "DataError", "SplitMissing", "build_dataset", "build_datasets"]
 
 
-def build_datasets(config: DataConfig, *, seed: int = 0) -> tuple[CocoDetection, CocoDetection]:
-    """Training and validation set, with the same labels; ``seed`` is of the augmentation."""
+def build_datasets(
+    config: DataConfig, *, seed: int = 0
+) -> tuple[CocoDetection, CocoDetection | None]:
+    """Training and validation set, with the same labels; ``seed`` is of the augmentation.
+
+    The latter is None where the folder has nothing of that name.
+    """
     train = build_dataset(config, "train", seed=seed)
     names = dict(zip(train.category_ids, train.categories, strict=True))
-    return train, build_dataset(config, "val", categories=names)
+    try:
+        return train, build_dataset(config, "val", categories=names)
+    except SplitMissing:
+        return train, None
 
 
 def build_dataset(
     config: DataConfig,
     split: str,
     *,
-    categories: Mapping[int, str] | None = None,
+    categories: Mapping[Any, str] | None = None,
     seed: int = 0,
+    need_objects: bool = True,
 ) -> CocoDetection:
-    """One split, train or val; see :class:`CocoDetection` for the other arguments."""
+    """One split, train, val or any other; see :class:`CocoDetection` for the other arguments.
+
+    Without ``need_objects`` it may be images alone, see :func:`detector.data.coco.find_split`.
+    """
     generated = config.dataset != "coco"
     training = split == "train"
     if config.dataset == "digits" and training and config.horizontal_flip > 0:
         raise ValueError(
             f"horizontal_flip must be 0 for digits: no 3 in a mirror, got {config.horizontal_flip}"
         )
+    images, annotations = find_split(_folder(config), split, images_alone=not need_objects)
     return CocoDetection(
-        *find_split(_folder(config), split),
+        images,
+        annotations,
         Augmentation.of(config, training),
         training=training,
         label_ids=config.label_ids,
@@ -44,6 +61,9 @@ def build_dataset(
         in_memory=generated,
         # In images so small, what COCO calls small would be everything.
         area_sides=(12, 24) if generated else (32, 96),
+        rules=ImageRules.of(config),
+        box_format=config.box_format,
+        need_objects=need_objects,
     )
 
 

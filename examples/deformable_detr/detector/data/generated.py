@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from detector.data.coco import DataError
+from detector.data.annotations import DataError
 
 VERSION = 1  # counts what changes the images made from a preset
 MOST_OVERLAP = 0.15  # of two boxes, as a share of the smaller one

@@ -107,6 +107,19 @@ class BatchSampler(Sampler[list[int]]):
             yield total_batch[self._rank :: self._world_size]
 
 
+class Loader(DataLoader[Batch]):
+    """Also reports what its worker processes found odd about images: each knows but its share."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches; worker processes start now, not with the first of them."""
+        return self._telling(super().__iter__())
+
+    def _telling(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            self.dataset.tell()
+            yield batch
+
+
 def make_loader(
     dataset: CocoDetection,
     batch_size: int,
@@ -116,7 +129,7 @@ def make_loader(
     rank: int = 0,
     world_size: int = 1,
     pin_memory: bool = False,
-) -> DataLoader[Batch]:
+) -> Loader:
     """A loader of a training set (shuffled) or validation set (in its order).
 
     Args:
@@ -136,7 +149,7 @@ def make_loader(
         rank=rank,
         world_size=world_size,
     )
-    return DataLoader(
+    return Loader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,

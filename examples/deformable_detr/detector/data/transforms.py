@@ -22,6 +22,8 @@ STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 # Pixels: short sides before cropping, and the range of the sides of a crop.
 SHORT_SIDES_BEFORE_CROP = (400, 500, 600)
 CROP_SIDES = (384, 600)
+# Pixels of the longer side before cropping: an image one pixel high would fill the memory.
+MAX_SIDE_BEFORE_CROP = 16384
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Augmentation:
     """Mirror, then resize; half of the images are first resized otherwise and cropped.
 
     Args:
-        short_sides: one is drawn for each image; 0: the image keeps its size.
+        short_sides: one is drawn for each image; 0: the image keeps its size, up to max_side.
         max_side: limit of the longer side when resizing.
         crop: whether half of the images are cropped.
         horizontal_flip: probability of mirroring left and right.
@@ -55,7 +57,8 @@ class Augmentation:
         if random.random() < self.horizontal_flip:
             image, boxes = flip(image, boxes)
         if self.crop and random.random() < 0.5:
-            image, boxes = resize(image, boxes, int(random.choice(SHORT_SIDES_BEFORE_CROP)))
+            short_side = int(random.choice(SHORT_SIDES_BEFORE_CROP))
+            image, boxes = resize(image, boxes, short_side, MAX_SIDE_BEFORE_CROP)
             image, boxes, kept = random_crop(image, boxes, random)
             labels = labels[kept]
         image, boxes = resize(image, boxes, int(random.choice(self.short_sides)), self.max_side)
@@ -71,13 +74,20 @@ def flip(image: Image.Image, boxes: Tensor) -> tuple[Image.Image, Tensor]:
 def resize(
     image: Image.Image, boxes: Tensor, short_side: int, max_side: int | None = None
 ) -> tuple[Image.Image, Tensor]:
-    """Scale until the shorter side is ``short_side`` or the longer one ``max_side``; 0: not."""
+    """Scale until the shorter side is ``short_side`` or the longer one ``max_side``.
+
+    0: only down to ``max_side``. No side becomes 0, so that the shape of thin images changes.
+    """
     short, long = sorted(image.size)
     if short_side == 0:
-        return image, boxes
+        if max_side is None or long <= max_side:
+            return image, boxes
+        short_side = short
     if max_side is not None and short_side * long > max_side * short:
         short_side = max(1, round(max_side * short / long))
     width, height = (short_side * side // short for side in image.size)
+    if max_side is not None:
+        width, height = min(width, max_side), min(height, max_side)
     scale = torch.tensor([width / image.width, height / image.height]).repeat(2)
     return image.resize((width, height), Image.Resampling.BILINEAR), boxes * scale
 
