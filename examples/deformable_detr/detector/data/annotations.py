@@ -372,7 +372,7 @@ class _Parser:
         for i in unknown if self.size_of else ():
             sizes[i] = self.size_of(names[i]) or (0, 0)
         self.findings.add(
-            "{size of an image is|sizes of images are} missing or no whole numbers above 0, and "
+            "{size of an image is|sizes of images are} missing or no whole number above 0, and "
             + ("taken from the images" if self.size_of else "unknown"),
             [names[i] for i in unknown[:NUM_EXAMPLES]],
             len(unknown),
@@ -411,7 +411,7 @@ class _Parser:
             self.findings.add(kind, names, int(chosen.sum()))
 
         is_finite = np.isfinite(boxes).all(1)
-        name(f"{_BOX} no four numbers [x, y, width, height], and {_DROPPED}", ~is_finite)
+        name(f"{_BOX} not four numbers [x, y, width, height], and {_DROPPED}", ~is_finite)
         kept = is_finite
         if self.box_format == "coco":
             own = is_finite & ~is_corners & (boxes[:, 2:] > 0).all(1)
@@ -434,7 +434,7 @@ class _Parser:
             given[outside] = np.concatenate([cut[:, :2], cut[:, 2:] - cut[:, :2]], 1)[outside]
             bad_area = ~((area > 0) & (area <= LARGEST_AREA))
             area[bad_area] = given[bad_area, 2:].prod(1)
-        name("{box reaches|boxes reach} outside of their images and {is|are} clipped", outside)
+        name(f"{_REACHES} outside of {{its image and is|their images and are}} clipped", outside)
         empty = kept & ~has_extent
         name(f"{{box has|boxes have}} no extent inside the image, and {_DROPPED}", empty)
         kept = kept & has_extent
@@ -549,7 +549,8 @@ _WORDS = {
     "images": ("image", "images", "file name"),
     "categories": ("category", "categories", "name"),
 }
-_COUNTS, _DROPPED, _BOX = "{counts|count}", "{is|are} dropped", "{box is|boxes are}"
+_COUNTS, _DROPPED = "{counts|count}", "{is|are} dropped"
+_BOX, _REACHES = "{box is|boxes are}", "{box reaches|boxes reach}"
 _RELATIVE = ", ".join(name for name in BOX_FORMATS if name.startswith("relative-"))
 
 
