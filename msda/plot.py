@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # matplotlib is needed to draw, not to record
     from matplotlib.figure import Figure
 
 _PANEL_INCHES = 6.0  # the longer side of a panel
+_MOST_ASPECT = 16  # of a panel; images one pixel wide leave margins in theirs
 _FADED = 0.65  # opacity of the image, on white
 # Diameters in shares of the panel's longer side. A dot's area is proportional to its weight.
 _DOT_OF_WEIGHT_1, _CROSS = 0.075, 0.045
@@ -341,6 +342,7 @@ def _new_axes(count: int, columns: int, aspect: float) -> list[Axes]:
     """Panels of a new figure, their height ``aspect`` times their width."""
     from matplotlib.figure import Figure
 
+    aspect = min(max(aspect, 1 / _MOST_ASPECT), _MOST_ASPECT)
     rows, width = math.ceil(count / columns), _PANEL_INCHES / max(aspect, 1)
     size = (columns * width, rows * (width * aspect + 0.3) + 0.6)  # with titles and legend
     figure = Figure(figsize=size, layout="constrained")

@@ -16,9 +16,17 @@ from torch import nn
 
 import msda.modules
 from conftest import assert_same_bits
-from detector.backbone import RESNET_BLOCKS, Backbone, FrozenBatchNorm2d, ResNet, TinyNet
+from detector.backbone import (
+    RESNET_BLOCKS,
+    Backbone,
+    BatchNorm2d,
+    FrozenBatchNorm2d,
+    ResNet,
+    TinyNet,
+)
 from detector.boxes import inverse_sigmoid
-from detector.config import ModelConfig
+from detector.config import ModelConfig, TrainConfig
+from detector.losses import SetCriterion
 from detector.model import DeformableDETR, build_model, postprocess
 from detector.position_encoding import LearnedEmbedding, SineEmbedding
 from detector.transformer import flatten_levels
@@ -421,10 +429,55 @@ def test_padded_tokens_get_no_gradient_from_their_infinite_boxes():
         assert parameter.grad.isfinite().all(), name
 
 
-def test_more_queries_than_tokens_are_refused():
-    model = build_model(small_config("two_stage", num_queries=400))
-    with pytest.raises(ValueError, match=r"^num_queries must be at most .* \(256 .* got 400$"):
-        model(padded_batch(torch.float32)[0])
+def test_with_fewer_tokens_than_queries_all_tokens_become_queries():
+    images = torch.randn(1, 3, 32, 32)
+    few = randomise(build_model(small_config("two_stage", num_queries=22))).eval()
+    many = build_model(small_config("two_stage", num_queries=400)).eval()
+    many.load_state_dict(few.state_dict())
+    outputs, expected = flat(many(images)), flat(few(images))
+    assert outputs["pred_logits"].shape == (1, 16 + 4 + 1 + 1, 5)
+    for name, tensor in outputs.items():
+        assert_same_bits(tensor, expected[name])
+    assert len(postprocess(many(images), torch.tensor([[32, 32]]))[0]["scores"]) == 100
+
+
+def test_more_objects_than_queries_are_matched_as_far_as_there_are_queries():
+    model = randomise(build_model(small_config("two_stage", num_queries=400)))
+    boxes = torch.rand(30, 4) * 0.4 + 0.3
+    targets = [{"labels": torch.arange(30) % 5, "boxes": boxes}]
+    losses = SetCriterion(TrainConfig())(model(torch.randn(1, 3, 32, 32)), targets)
+    sum(losses.values()).backward()
+    assert all(number.isfinite() for number in losses.values())
+    assert model.bbox_embed[0].layers[0].weight.grad.abs().max() > 0
+
+
+# ---- small, thin, alone --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hidden_dim", [32, 64], ids=["one channel a group", "two"])
+@pytest.mark.parametrize("size", [(1, 1), (32, 32), (1, 3000), (3000, 1)], ids=str)
+@pytest.mark.parametrize("variant", ["two_stage", "multi_scale", "dense_refine"])
+def test_one_small_or_thin_image_trains_and_is_predicted(variant, size, hidden_dim):
+    model = build_model(small_config(variant, hidden_dim=hidden_dim))
+    images = torch.randn(1, 3, *size)
+    for padding_mask in (None, torch.zeros(1, *size, dtype=torch.bool)):
+        outputs = model(images, padding_mask)
+        loss(outputs).backward()
+        assert all(tensor.isfinite().all() for tensor in flat(outputs).values())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.isfinite().all(), name
+    assert model.eval()(images)["pred_boxes"].isfinite().all()
+
+
+def test_a_single_value_per_channel_is_normalised_by_the_statistics_so_far():
+    norm = BatchNorm2d(3).train()
+    norm.running_mean.fill_(2.0)
+    norm.running_var.fill_(4.0)
+    x = torch.randn(1, 3, 1, 1)
+    torch.testing.assert_close(norm(x), (x - 2) / (4 + norm.eps) ** 0.5)
+    assert norm.running_mean.tolist() == [2.0] * 3
+    larger = torch.randn(2, 3, 1, 1)
+    torch.testing.assert_close(norm(larger), torch.nn.BatchNorm2d(3)(larger))
 
 
 # ---- the dense arm -------------------------------------------------------------------------------

@@ -43,6 +43,8 @@ from detector.model import DeformableDETR
 from msda.plot import SamplingRecord
 
 OVERRULED = ("exif", "white_level", "max_pixels")
+# What an image can end in once it is read, mostly by taking more memory than there is.
+MODEL_ERRORS = (ValueError, ArithmeticError, RuntimeError, MemoryError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -157,7 +159,7 @@ def find_images(path: Path) -> list[Path]:
         raise ValueError(f"input must hold images, got {str(path)!r} without one")
     findings = Findings()
     findings.add(
-        "files are not called as images are and are left out",
+        "{file is|files are} not called as images are, and left out",
         [file.name for file in files if file not in set(images)],
     )
     for line in findings.lines():
@@ -179,7 +181,7 @@ def predict(
     """Predict and draw images, and write ``predictions.json``.
 
     Returns:
-        How many could not be "read" or "predicted", where there were such.
+        How many could not be "read", "predicted" or "drawn", where there were such.
     """
     stems = Counter(path.stem for path in paths)
     device = next(model.parameters()).device
@@ -192,14 +194,20 @@ def predict(
     }
     failures: Counter[str] = Counter()
     findings = Findings()
+
+    def fail(kind: str, path: Path, what: str, error: Exception) -> None:
+        cause = str(error).partition("\n")[0] or type(error).__name__
+        tqdm.write(f"{path} cannot be {what} and is left out: {cause}", file=sys.stderr)
+        result[kind].append({"file": path.name, "cause": cause})
+        failures[what] += 1
+
     try:
         for path in tqdm(paths, "predicting", unit="image"):
-            kind, what = "unreadable", "read"
             try:
                 photo = read_image(path, rules)
                 for oddity in photo.oddities:
-                    findings.add(f"images: {oddity}", [path.name])
-                image, kind, what = photo.image, "failed", "predicted"
+                    findings.add(f"{{image|images}} {oddity}", [path.name])
+                image = photo.image
                 small, _ = resize(image, torch.zeros(0, 4), options.short_side, options.max_side)
                 detected, record = detect(
                     model,
@@ -207,12 +215,11 @@ def predict(
                     torch.tensor([image.height, image.width]),
                     points=options.show_points > 0 or options.attention_map > 0,
                 )
-            # Of the model: mostly that an image takes more memory than there is.
-            except (UnreadableImage, ValueError, RuntimeError, MemoryError) as error:
-                cause = str(error).partition("\n")[0] or type(error).__name__
-                tqdm.write(f"{path} cannot be {what} and is left out: {cause}", file=sys.stderr)
-                result[kind].append({"file": path.name, "cause": cause})
-                failures[what] += 1
+            except UnreadableImage as error:
+                fail("unreadable", path, "read", error)
+                continue
+            except MODEL_ERRORS as error:
+                fail("failed", path, "predicted", error)
                 continue
             result["images"].append(
                 {
@@ -224,7 +231,10 @@ def predict(
             )
             # Two files may differ in their suffix only.
             name = path.stem if stems[path.stem] == 1 else path.name
-            save_pictures(image, detected, record, checkpoint.categories, name, options)
+            try:
+                save_pictures(image, detected, record, checkpoint.categories, name, options)
+            except MODEL_ERRORS as error:  # and not OSError: the disk is full for all of them
+                fail("failed", path, "drawn", error)
     finally:  # also of what was done before Ctrl-C
         (options.output / "predictions.json").write_text(json.dumps(result, indent=1) + "\n")
     for line in findings.lines():

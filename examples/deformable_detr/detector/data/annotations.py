@@ -11,8 +11,8 @@ to decide ends the program with a :class:`DataError` that says what can be done.
 - ``iscrowd`` is no crowd where it is missing, null, false, 0, "0", "false" or empty, and a crowd
   where it is true, "true" or another number. Anything else counts as no crowd.
 - ``area`` is that of the box where it is missing or no number above 0 (and at most 1e10).
-- ``bbox`` where it is missing or null is that of the polygons of ``segmentation``; where those are
-  missing too, or it is not four finite numbers, the object is dropped.
+- ``bbox`` where it is missing, null or empty is that of the polygons of ``segmentation``; where
+  those are missing too, or it is not four finite numbers, the object is dropped.
 - Boxes are cut off at the edges of their image, for training; what has no extent then is dropped.
   For evaluation they stay as they are if they reach out by a pixel at most, as some of COCO's do.
 - Boxes in 0..1, and corners in place of width and height, are recognised and refused: the option
@@ -50,26 +50,36 @@ class DataError(ValueError):
 
 
 class Findings:
-    """What was odd, by kind: how often, and where first."""
+    """What was odd, by kind: how often, and where first.
+
+    A kind is written "{box reaches|boxes reach} outside", for one and for several.
+    """
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[int, list[str]]] = {}
 
     def add(self, kind: str, names: Iterable[Any], number: int | None = None) -> None:
         """Count ``names`` (or ``number``, of which they are the first), if there are any."""
-        names = list(names)
+        names = [str(name) for name in names]
         number = len(names) if number is None else number
         if number:
             count, first = self._found.get(kind, (0, []))
-            first = list(dict.fromkeys(first + [repr(name) for name in names]))[:NUM_EXAMPLES]
+            first = list(dict.fromkeys([*first, *names[:NUM_EXAMPLES]]))[:NUM_EXAMPLES]
             self._found[kind] = (count + number, first)
+
+    def entries(self) -> list[tuple[int, str, list[str]]]:
+        """Number, kind and first names of each kind."""
+        return [
+            (count, re.sub(r"{(.*?)\|(.*?)}", rf"\{1 + (count > 1)}", kind), first)
+            for kind, (count, first) in self._found.items()
+        ]
 
     def lines(self) -> list[str]:
         """One line for each kind, such as "2 boxes reach outside of their images: 'a.png', ..."."""
         lines = []
-        for kind, (count, first) in self._found.items():
+        for count, kind, first in self.entries():
             more = ", ..." if count > len(first) else ""
-            lines.append(f"{count} {kind}" + (f": {', '.join(first)}{more}" if first else ""))
+            lines.append(f"{count} {kind}: {', '.join(map(repr, first))}{more}")
         return lines
 
 
@@ -87,13 +97,17 @@ class Annotations:
     category_keys: list[Key]
     category_names: list[str]
     has_objects: bool  # False: images to be predicted, of which nothing is known
-    starts: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (I + 1,)
+    starts: np.ndarray | None = None  # (I + 1,) where each image's objects start; None: no objects
     categories: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # (N,) positions
     boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))  # x0, y0, x1, y1, cut off
     given: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))  # x, y, width, height
     areas: np.ndarray = field(default_factory=lambda: np.zeros(0))
     crowds: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
     findings: Findings = field(default_factory=Findings)
+
+    def __post_init__(self) -> None:
+        if self.starts is None:
+            self.starts = np.zeros(len(self.image_ids) + 1, np.int64)
 
     @property
     def images_of_objects(self) -> np.ndarray:
@@ -276,8 +290,6 @@ class _Parser:
         )
         if result.has_objects:
             self._objects(content["annotations"], result)
-        else:
-            result.starts = np.zeros(len(ids) + 1, np.int64)
         return result
 
     def _fail(self, cause: str) -> NoReturn:
@@ -334,11 +346,12 @@ class _Parser:
                     f"ids in {kind!r} must differ from each other, got {identifier!r} for "
                     f"{known[key]!r} and {text!r}"
                 )
-        self.findings.add(f"{kind} are listed more than once, with the same id and name", repeated)
-        again = [
-            text for text, count in Counter(entry[2] for entry in entries).items() if count > 1
-        ]
-        self.findings.add(f"{_PLURALS[name]} stand for several {kind} with different ids", again)
+        one, several, called = _WORDS[kind]
+        self.findings.add(f"{{{one} is|{several} are}} listed twice, and {_COUNTS} once", repeated)
+        again = _repeated(text for _, _, text, _ in entries)
+        self.findings.add(
+            f"{{{called} stands|{called}s stand}} for several {several} with different ids", again
+        )
         return entries
 
     def _images(
@@ -358,9 +371,9 @@ class _Parser:
         sizes[unknown] = 0
         for i in unknown if self.size_of else ():
             sizes[i] = self.size_of(names[i]) or (0, 0)
-        where = "are taken from the images" if self.size_of else "stay unknown"
         self.findings.add(
-            f"sizes are missing or no whole numbers above 0, and {where}",
+            "{size of an image is|sizes of images are} missing or no whole number above 0, and "
+            + ("taken from the images" if self.size_of else "unknown"),
             [names[i] for i in unknown[:NUM_EXAMPLES]],
             len(unknown),
         )
@@ -393,18 +406,19 @@ class _Parser:
         sizes = result.sizes[image].astype(np.float64)  # (N, 2)
 
         def name(kind: str, chosen: np.ndarray) -> None:
-            first = [result.file_names[i] for i in image[chosen][:NUM_EXAMPLES]]
-            self.findings.add(kind, first, int(chosen.sum()))
+            first = list(dict.fromkeys(image[chosen].tolist()))[:NUM_EXAMPLES]
+            names = [result.file_names[i] for i in first]
+            self.findings.add(kind, names, int(chosen.sum()))
 
         is_finite = np.isfinite(boxes).all(1)
-        name("boxes are no four numbers [x, y, width, height] and are dropped", ~is_finite)
+        name(f"{_BOX} not four numbers [x, y, width, height], and {_DROPPED}", ~is_finite)
         kept = is_finite
         if self.box_format == "coco":
             own = is_finite & ~is_corners & (boxes[:, 2:] > 0).all(1)
             self._ask_about_shares(boxes[own], len(records))
             self._ask_about_corners(boxes[own], sizes[own])
             sub_pixel = own & _within(boxes, 0, 1) & (boxes[:, 2:] < 1).all(1)
-            name("boxes lie in 0..1, as shares of an image would, and are dropped", sub_pixel)
+            name(f"{_BOX} in 0..1, as shares of an image would be, and {_DROPPED}", sub_pixel)
             kept = kept & ~sub_pixel
 
         with np.errstate(all="ignore"):
@@ -412,7 +426,7 @@ class _Parser:
             limits = np.where(sizes > 0, sizes, np.inf)
             if self.box_format.startswith("relative-"):
                 unknown = kept & ~(sizes > 0).all(1)
-                name("boxes are shares of images of unknown size and are dropped", unknown)
+                name(f"{_BOX} in an image of unknown size, and {_DROPPED}", unknown)
                 kept = kept & ~unknown
             cut = np.clip(corners, 0, np.tile(limits, 2))
             outside = kept & (np.abs(corners - cut) > 1).any(1)
@@ -420,8 +434,9 @@ class _Parser:
             given[outside] = np.concatenate([cut[:, :2], cut[:, 2:] - cut[:, :2]], 1)[outside]
             bad_area = ~((area > 0) & (area <= LARGEST_AREA))
             area[bad_area] = given[bad_area, 2:].prod(1)
-        name("boxes reach outside of their images and are clipped", outside)
-        name("boxes have no extent inside of their images and are dropped", kept & ~has_extent)
+        name(f"{_REACHES} outside of {{its image and is|their images and are}} clipped", outside)
+        empty = kept & ~has_extent
+        name(f"{{box has|boxes have}} no extent inside the image, and {_DROPPED}", empty)
         kept = kept & has_extent
         if not (kept & ~crowd).any():
             self._fail(
@@ -460,7 +475,7 @@ class _Parser:
                 continue
             name = result.file_names[image]
             box, is_corners = record.get("bbox"), False
-            if box is None and (extent := _extent(record.get("segmentation"))):
+            if box in (None, [], "") and (extent := _extent(record.get("segmentation"))):
                 box, is_corners = extent, True
                 from_polygons.append(name)
             crowd, area = _crowd(record.get("iscrowd")), _number(record.get("area"))
@@ -485,13 +500,12 @@ class _Parser:
                 f"images have the ids {result.image_ids[0]!r}, ..."
             )
         add = self.findings.add
-        add("annotations are of images that are not listed and are left out", strangers)
-        counts = Counter(key for key in map(key_of, ids) if key is not None)
-        repeated = [key for key, count in counts.items() if count > 1]
-        add("ids stand for several annotations, all of which count", repeated)
-        add("boxes are missing and taken from the polygons of their segmentation", from_polygons)
-        add("values of iscrowd have no meaning and count as no crowd", odd_crowds)
-        add("areas are no numbers above 0, and are replaced by those of the boxes", odd_areas)
+        add("{annotation is|annotations are} of images not listed, and left out", strangers)
+        repeated = _repeated(key for key in map(key_of, ids) if key is not None)
+        add("{id stands|ids stand} for several annotations, all of which count", repeated)
+        add(f"{_BOX} missing, and taken from the polygons of the segmentation", from_polygons)
+        add("{value|values} of iscrowd without a meaning: taken for no crowd", odd_crowds)
+        add("{area is|areas are} no number above 0: that of the box is taken", odd_areas)
         return rows
 
     def _ask_about_shares(self, boxes: np.ndarray, total: int) -> None:
@@ -530,8 +544,18 @@ class _Rows:
     areas: list[float] = field(default_factory=list)
 
 
-_PLURALS = {"file_name": "file names", "name": "names"}
+# Of findings, which see: one, several, and what they are called by.
+_WORDS = {
+    "images": ("image", "images", "file name"),
+    "categories": ("category", "categories", "name"),
+}
+_COUNTS, _DROPPED = "{counts|count}", "{is|are} dropped"
+_BOX, _REACHES = "{box is|boxes are}", "{box reaches|boxes reach}"
 _RELATIVE = ", ".join(name for name in BOX_FORMATS if name.startswith("relative-"))
+
+
+def _repeated(values: Iterable[Any]) -> list[Any]:
+    return [value for value, count in Counter(values).items() if count > 1]
 
 
 def _within(boxes: np.ndarray, low: float, high: float) -> np.ndarray:

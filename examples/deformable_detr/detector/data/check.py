@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from detector.config import DataConfig
 from detector.data import CocoDetection, DataError, SplitMissing, build_dataset
+from detector.data.annotations import Findings
 from detector.drawing import draw_boxes
 
 SPLITS = ("train", "val", "test")
@@ -22,9 +24,10 @@ COLUMNS, ROWS = 4, 3
 TILE = 420  # pixels of an image's longer side, which is drawn larger and then reduced
 DRAWN = 640
 CAPTION = 24
-MOST_ODD = 4  # images that are odd, which are worth a look; the others show the classes
+MOST_ODD = 6  # images that are odd, each otherwise; the others show the classes
+THIN = 6  # ratio of the sides of images that are shown last
 
-NUM_LISTED = 10  # images that cannot be read
+NUM_LISTED = 10  # classes without an object
 FEW = 0.6  # share of the images that boxes use, so small that they may be of other images
 ENOUGH_BOXES = 20  # to say so
 
@@ -170,20 +173,28 @@ def _objects(dataset: CocoDetection, say: Callable[[str, str], None]) -> list[st
 def _remarks(dataset: CocoDetection) -> list[str]:
     """What was dropped, clipped or odd, and what looks as if it were meant otherwise."""
     lines = []
-    found = dataset.annotations.findings.lines() + dataset.image_findings(unreadable=False).lines()
-    if found:
-        lines += ["", "  what was odd, and what was made of it", *(f"    {line}" for line in found)]
-    if dataset.causes:
-        lines += ["", "  what cannot be read"]
-        lines += [
-            f"    {name!r}: {cause}" for name, cause in list(dataset.causes.items())[:NUM_LISTED]
-        ]
-        more = len(dataset.causes) - NUM_LISTED
-        lines += [f"    and {more} more"] if more > 0 else []
+    images = dataset.image_findings(unreadable=False)
+    unreadable = Findings()
+    for name in sorted(dataset.causes, key=dataset.annotations.file_names.index):
+        # Not how many bytes of it are missing.
+        unreadable.add(re.sub(r" \(.*\)$", "", dataset.causes[name]), [name])
+    for title, findings in (
+        ("odd, and what is made of it", (dataset.annotations.findings, images)),
+        ("images that cannot be read, and why", (unreadable,)),
+    ):
+        entries = [entry for part in findings for entry in part.entries()]
+        lines += ["", f"  {title}"] if entries else []
+        for count, kind, names in entries:
+            more = ", ..." if count > len(names) else ""
+            lines += [f"  {count:7}  {kind}", f"           {_printable(names)}{more}"]
     questions = _questions(dataset)
     if questions:
-        lines += ["", "  worth a thought", *(f"    {question}" for question in questions)]
+        lines += ["", "  worth a thought", *(f"           {question}" for question in questions)]
     return [*lines, ""]
+
+
+def _printable(names: Sequence[str]) -> str:
+    return ", ".join(name if name.isprintable() else repr(name) for name in names)
 
 
 def _questions(dataset: CocoDetection) -> list[str]:
@@ -191,7 +202,7 @@ def _questions(dataset: CocoDetection) -> list[str]:
     seen = set(content.categories[~content.crowds].tolist())
     unseen = [name for i, name in enumerate(content.category_names) if i not in seen]
     if content.has_objects and unseen:
-        questions.append(f"{len(unseen)} classes have no object: {', '.join(unseen[:NUM_LISTED])}")
+        questions.append(f"classes without an object: {_printable(unseen[:NUM_LISTED])}")
     sizes = content.sizes[content.images_of_objects]
     known = (sizes > 0).all(1)
     if known.sum() >= ENOUGH_BOXES:
@@ -211,8 +222,15 @@ def choose(dataset: CocoDetection, sizes: Sequence[Size | None]) -> list[int]:
     """Images for a sheet: some that are odd, some for each class, then any; always the same."""
     order = np.random.default_rng(0).permutation(len(dataset)).tolist()
     order = [i for i in order if sizes[i] is not None]
-    chosen = [i for i in order if dataset.oddities_of(i)][:MOST_ODD]
-    shown: set[int] = set()
+    order.sort(key=lambda i: max(sizes[i]) > THIN * min(sizes[i]))
+    chosen: list[int] = []
+    odd: set[str] = set()
+    for i in order:
+        new = set(dataset.oddities_of(i)) - odd
+        if new and len(chosen) < MOST_ODD:
+            chosen.append(i)
+            odd |= new
+    shown = {label for i in chosen for label in dataset.objects(i, sizes[i])[1].tolist()}
     for wants_new in (True, False):
         for i in order:
             labels = set(dataset.objects(i, sizes[i])[1].tolist())
@@ -242,6 +260,7 @@ def draw_sheet(dataset: CocoDetection, indices: Sequence[int]) -> Image.Image:
         picture = draw_boxes(image, boxes, labels.tolist(), names, font_share=1 / 26)
         picture.thumbnail((TILE, TILE))
         x, y = gap + place % COLUMNS * (TILE + gap), gap + place // COLUMNS * (height + gap)
+        draw.rectangle((x, y + CAPTION, x + TILE - 1, y + height - 1), "gainsboro")
         sheet.paste(picture, (x + (TILE - picture.width) // 2, y + CAPTION))
         caption = f"{dataset.annotations.file_names[index]}   {size[0]} x {size[1]}"
         draw.text((x, y + 3), _shortened(caption, font), "black", font)

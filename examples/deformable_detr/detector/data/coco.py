@@ -67,14 +67,10 @@ LARGEST_LABEL = 9999  # that a category's id can be
 # Names of folders by split; any other split has its own name.
 SPLITS = {"val": ("valid", "val", "validation")}
 
-TURNED = "the size in the annotations is that before EXIF turned the image: boxes are turned, too"
-TURNED_BACK = (
-    "the size in the annotations is that after EXIF turned the image: boxes are turned back"
-)
-UNDECIDED = (
-    "turned by EXIF, and no size tells that boxes are: taken so (--exif ignore: the opposite)"
-)
-SCALED = "the size in the annotations is another of the same shape: boxes are scaled"
+TURNED = "turned by EXIF, of which the size in the json is from before: boxes are turned, too"
+TURNED_BACK = "whose size in the json is from after EXIF turned it: boxes are turned back"
+UNDECIDED = "turned by EXIF, whose size does not tell if boxes are, too: taken so (see --exif)"
+SCALED = "whose size in the json is another, of the same shape: boxes are scaled"
 _KINDS = (*ODDITIES, TURNED, TURNED_BACK, UNDECIDED, SCALED)
 
 
@@ -322,9 +318,9 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         """What was odd about the images so far, with or without those that could not be read."""
         findings = Findings()
         if unreadable:
-            findings.add("images could not be read", self._names_of(self.bad_images))
+            findings.add("{image|images} that cannot be read", self._names_of(self.bad_images))
         for kind, which in zip(_KINDS, self._odd_images, strict=True):
-            findings.add(f"images: {kind}", self._names_of(which))
+            findings.add(f"{{image|images}} {kind}", self._names_of(which))
         return findings
 
     def tell(self) -> None:

@@ -30,11 +30,11 @@ from torch import Tensor
 
 from detector.config import DataConfig
 
-# What was odd about an image that could be read, for whoever looks at the data.
-FRAMES = "several pictures in one file: the first is taken"
-DARK = "more than 8 bits, nearly black: white_level can say which value is white (12 bits: 4095)"
+# What was odd about "images ..." that could be read, for whoever looks at the data.
+FRAMES = "with several pictures in the file: the first is taken"
+DARK = "of more than 8 bits, nearly black: --white-level says which value is white (12 bits: 4095)"
 HIDDEN = "transparent all over: the alpha channel is ignored"
-BROKEN_EXIF = "EXIF data that cannot be read: taken as upright"
+BROKEN_EXIF = "with EXIF data that cannot be read: taken as upright"
 ODDITIES = (FRAMES, DARK, HIDDEN, BROKEN_EXIF)
 
 # How Pillow turns a picture upright, by its EXIF orientation; 6 and 8 undo each other.
@@ -167,7 +167,7 @@ def _opened(path: Path, rules: ImageRules) -> Iterator[Image.Image]:
             if limit and pixels > limit:
                 raise UnreadableImage(
                     f"it has {pixels} pixels, above the limit of {limit}; if it is no attempt to "
-                    "fill the memory, max_pixels can raise that"
+                    "fill the memory, --max-pixels can raise that"
                 )
             yield file
     except UnreadableImage:
@@ -252,8 +252,8 @@ def _scaled(file: Image.Image, white_level: float) -> tuple[Image.Image, list[st
     white = white_level or full
     if not white_level and not 0 <= low <= high <= white:
         raise UnreadableImage(
-            f"its values must lie in 0 .. {white:g}, got {low:g} .. {high:g}; white_level can say "
-            "which value is white"
+            f"its values must lie in 0 .. {white:g}, got {low:g} .. {high:g}; --white-level can "
+            "say which value is white"
         )
     levels = np.multiply(values, 255 / white, dtype=np.float32)
     image = Image.fromarray(np.rint(levels, out=levels).clip(0, 255).astype(np.uint8))
