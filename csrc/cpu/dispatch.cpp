@@ -7,7 +7,7 @@
 
 #include "kernels.h"
 
-// The sets that CMakeLists.txt compiles the kernels for, best last.
+// The sets that CMakeLists.txt beside this file compiles the kernels for, best last.
 #if defined(__x86_64__)
 #define MSDA_CPU_CAPABILITIES(F) F(baseline) F(avx2) F(avx512)
 #else
@@ -58,17 +58,19 @@ std::string join_names(bool only_supported) {
 
 const CpuKernels& choose() {
   const char* const wanted = std::getenv("MSDA_CPU_CAPABILITY");
-  const CpuKernels* best = nullptr;
-  for (const CpuKernels& kernels : kCompiled) {
-    if (!machine_has(kernels.capability)) continue;
-    if (wanted != nullptr && std::strcmp(wanted, kernels.capability) == 0) return kernels;
-    best = &kernels;
+  if (wanted == nullptr || *wanted == '\0') {
+    const CpuKernels* best = nullptr;
+    for (const CpuKernels& kernels : kCompiled) {
+      if (machine_has(kernels.capability)) best = &kernels;
+    }
+    return *best;
   }
-  if (wanted != nullptr && *wanted != '\0') {
+  const CpuKernels* const found = find_cpu_kernels(wanted);
+  if (found == nullptr) {
     throw std::runtime_error("MSDA_CPU_CAPABILITY must be one of: " +
                              std::string(supported_cpu_capabilities()) + ", got " + wanted);
   }
-  return *best;
+  return *found;
 }
 
 }  // namespace
@@ -76,6 +78,14 @@ const CpuKernels& choose() {
 const CpuKernels& cpu_kernels() {
   static const CpuKernels& chosen = choose();
   return chosen;
+}
+
+const CpuKernels* find_cpu_kernels(const char* capability) {
+  for (const CpuKernels& kernels : kCompiled) {
+    if (std::strcmp(capability, kernels.capability) != 0) continue;
+    return machine_has(kernels.capability) ? &kernels : nullptr;
+  }
+  return nullptr;
 }
 
 const char* compiled_cpu_capabilities() {

@@ -49,6 +49,9 @@ struct CpuKernels {
 // variable MSDA_CPU_CAPABILITY. Throws std::runtime_error if that one does not exist here.
 const CpuKernels& cpu_kernels();
 
+// Those of one of supported_cpu_capabilities(); null where there are none of that name.
+const CpuKernels* find_cpu_kernels(const char* capability);
+
 // Space-separated names: the sets compiled in, and those among them that this machine runs.
 const char* compiled_cpu_capabilities();
 const char* supported_cpu_capabilities();
