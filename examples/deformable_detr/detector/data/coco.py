@@ -182,6 +182,7 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             positions; ``annotations.image_ids`` holds them as they came.
         categories: names by label.
         category_ids: ids by label, as they came.
+        named_labels: the labels that stand for a category.
         bad_images: (I,) bool which could not be read so far.
         causes: why, by name, of those that this process has tried.
     """
@@ -375,6 +376,8 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.category_ids = [identifier for identifier, _ in entries]
         self.categories = [name for _, name in entries]
         self.num_classes = len(keys)
+        # Of labels that are ids, some may be of no category.
+        self.named_labels = [label for label, key in enumerate(keys) if key in by_key]
 
     @property
     def labels_of_categories(self) -> list[int]:
