@@ -265,6 +265,28 @@ def test_classes_that_the_data_lacks_are_left_out(shapes):
     assert run(model, dataset)["AP"] == pytest.approx(1)
 
 
+def test_results_hold_categories_of_the_data_alone(shapes, tmp_path):
+    data = replace(CONFIG.data, data_path=str(shapes), label_ids="category")
+    names = {0: "disc", 2: "triangle", 5: "diamond"}
+    for split in ("train", "valid"):
+        (tmp_path / split).mkdir()
+        content = json.loads((shapes / split / "_annotations.coco.json").read_text())
+        content["categories"] = [{"id": i, "name": name} for i, name in names.items()]
+        for record in content["annotations"]:
+            record["category_id"] = list(names)[record["category_id"] // 2]
+        (tmp_path / split / "_annotations.coco.json").write_text(json.dumps(content))
+        for path in (shapes / split).glob("*.png"):
+            (tmp_path / split / path.name).symlink_to(path)
+    dataset = build_dataset(replace(data, data_path=str(tmp_path)), "val")
+    assert dataset.named_labels == [0, 2, 5]
+    file = tmp_path / "results.json"
+    assert run(Oracle(dataset, num_classes=91), dataset, file=file)["AP"] == pytest.approx(1)
+    records = json.loads(file.read_text())
+    # All 91 classes of 12 queries compete for the places of the 100 best.
+    assert len(records) < 11 * 100
+    assert {record["category_id"] for record in records} == set(names)
+
+
 def evaluate_share(rank, folder, port, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)

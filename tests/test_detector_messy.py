@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 import messy_data
+from detector import saving
 from detector.config import PRESETS, DataConfig
 from detector.data import build_dataset, check
 from detector.data.__main__ import main as check_command
@@ -215,6 +216,61 @@ def test_who_finds_everything_has_a_precision_of_one_whatever_the_data_looks_lik
     assert len(as_records(found, readable)) == len(content)
 
 
+@pytest.mark.parametrize("orientation", [1, 5, 6, 7, 8])
+def test_results_are_in_the_pixels_that_the_annotations_speak_of(tmp_path, orientation):
+    chance = messy_data.random.Random(orientation)
+    (tmp_path / "valid").mkdir()
+    images, annotations = [], []
+    for i, enlarged in enumerate((1, 1, 3)):
+        picture, _ = messy_data.paint(60, 40, chance)
+        picture = messy_data.stored(picture, orientation)
+        images.append({"id": f"image {i}", "file_name": f"{i}.png"})
+        images[-1] |= dict(zip(("width", "height"), picture.size, strict=True))
+        exif = Image.Exif()
+        exif[messy_data.ORIENTATION] = orientation
+        large = picture.resize([side * enlarged for side in picture.size])
+        large.save(tmp_path / f"valid/{i}.png", exif=exif)
+        box = [3 + i, 5, 10, 15 - i]
+        annotations.append({"image_id": f"image {i}", "category_id": "c", "bbox": box})
+    content = {"images": images, "annotations": annotations}
+    content["categories"] = [{"id": "c", "name": "thing"}]
+    (tmp_path / "valid/_annotations.coco.json").write_text(json.dumps(content))
+    dataset = build_dataset(DataConfig(data_path=str(tmp_path), short_sides=(50,)), "val")
+    assert dataset[0][0].shape == (3, 50, 75)  # upright
+    loader, file = make_loader(dataset, 2), tmp_path / "r.json"
+    results = evaluate_set(Oracle(dataset), loader, dataset, "cpu", (1, 2), 100, file)
+    assert results["AP"] == pytest.approx(1)
+    best = {}
+    for record in json.loads(file.read_text()):
+        best.setdefault(record["image_id"], record)
+    for annotation in annotations:
+        record = best[annotation["image_id"]]
+        assert record["bbox"] == pytest.approx(annotation["bbox"], abs=1e-3)
+        assert record["category_id"] == "c"
+
+
+def test_names_of_classes_can_be_taken_from_annotations(plain, trained, tmp_path, capsys):
+    folder, _ = trained
+    state = torch.load(folder / "last.pt", weights_only=True)
+    state |= {"categories": None, "category_ids": list(range(4))}
+    saving.save(state, tmp_path / "nameless.pt")
+    arguments = [str(plain / "train/0.png"), "--checkpoint", str(tmp_path / "nameless.pt")]
+    arguments += ["--output", str(tmp_path), "--threshold", "0", "--device", "cpu"]
+
+    def names():
+        content = json.loads((tmp_path / "predictions.json").read_text())
+        return {d["category_id"]: d["name"] for d in content["images"][0]["detections"]}
+
+    assert predict.main(arguments) == 0
+    assert names() == {i: f"class {i}" for i in range(4)}
+    file = plain / "train/_annotations.coco.json"
+    assert predict.main([*arguments, "--names", str(file)]) == 0
+    assert names() == {0: "class 0", 1: "thing", 2: "class 2", 3: "class 3"}
+    file.write_text("[]")
+    assert predict.main([*arguments, "--names", str(file)]) == 1
+    assert "file has no 'images'" in capsys.readouterr().err
+
+
 @pytest.fixture
 def plain(tmp_path):
     """A folder with train/ alone: four images, an object in each."""
@@ -342,7 +398,7 @@ def test_prediction_reads_images_by_the_rules_of_training_or_its_own(trained, tm
     assert "white_level must be at least 0" in capsys.readouterr().err
     state = torch.load(folder / "last.pt", weights_only=True)
     state["config"]["data"]["white_level"] = 255.0
-    torch.save(state, tmp_path / "other.pt")
+    saving.save(state, tmp_path / "other.pt")
     arguments[2] = str(tmp_path / "other.pt")
     assert predict.main(arguments) == 0
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from detector.checkpoints import Checkpoint, load_model
 from detector.config import add_data_options
-from detector.data.annotations import Findings
+from detector.data.annotations import Findings, key_of, read_annotations
 from detector.data.images import ImageRules, UnreadableImage, is_image_name, read_image
 from detector.data.transforms import normalise, resize
 from detector.drawing import (
@@ -53,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         paths = find_images(options.input)
         model, checkpoint = load_model(options.checkpoint)
+        if checkpoint.categories is None and options.names:
+            known = read_annotations(options.names, need_objects=False)
+            names = dict(zip(known.category_keys, known.category_names, strict=True))
+            checkpoint.categories = [
+                names.get(key_of(number), f"class {number}") for number in checkpoint.category_ids
+            ]
         model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if options.show_points:
             importlib.import_module("matplotlib")  # before the work, not after it
@@ -132,6 +138,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="the longer side, at most; default: that of the checkpoint's evaluation, or 1333",
     )
     option("--device", default="", help="default: cuda where there is one")
+    option(
+        "--names",
+        type=Path,
+        metavar="FILE",
+        help="annotations to take the names of the classes from, where the checkpoint holds none",
+    )
     add_data_options(parser, OVERRULED, of_checkpoint=True)
     options = parser.parse_args(arguments)
     if not 0 <= options.threshold <= 1:

@@ -92,8 +92,8 @@ def evaluate(
 def _rows(detected: dict[str, Tensor], position: int, dataset: CocoDetection) -> np.ndarray:
     """Rows as in ``Detections``, but with the label in place of the category id."""
     # A model can know classes that the data lacks: there is nothing to compare them with.
-    known = detected["labels"] < dataset.num_classes
-    boxes, scores, labels = (detected[name][known].cpu() for name in ("boxes", "scores", "labels"))
+    known = torch.isin(detected["labels"].cpu(), torch.tensor(dataset.named_labels))
+    boxes, scores, labels = (detected[name].cpu()[known] for name in ("boxes", "scores", "labels"))
     start, end = dataset.as_annotated(position, boxes.double()).chunk(2, -1)
     return torch.cat([start, end - start, scores[:, None], labels[:, None]], -1).numpy()
 

@@ -67,10 +67,10 @@ LARGEST_LABEL = 9999  # that a category's id can be
 # Names of folders by split; any other split has its own name.
 SPLITS = {"val": ("valid", "val", "validation")}
 
-TURNED = "turned by EXIF, of which the size in the json is from before: boxes are turned, too"
-TURNED_BACK = "whose size in the json is from after EXIF turned it: boxes are turned back"
+TURNED = "turned by EXIF, with the size from before in the json: boxes are turned, too (see --exif)"
+TURNED_BACK = "with the size from after EXIF turned them in the json: boxes are turned back"
 UNDECIDED = "turned by EXIF, whose size does not tell if boxes are, too: taken so (see --exif)"
-SCALED = "whose size in the json is another, of the same shape: boxes are scaled"
+SCALED = "with another size of the same shape in the json: boxes are scaled"
 _KINDS = (*ODDITIES, TURNED, TURNED_BACK, UNDECIDED, SCALED)
 
 
@@ -182,6 +182,7 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             positions; ``annotations.image_ids`` holds them as they came.
         categories: names by label.
         category_ids: ids by label, as they came.
+        named_labels: the labels that stand for a category.
         bad_images: (I,) bool which could not be read so far.
         causes: why, by name, of those that this process has tried.
     """
@@ -375,6 +376,8 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         self.category_ids = [identifier for identifier, _ in entries]
         self.categories = [name for _, name in entries]
         self.num_classes = len(keys)
+        # Of labels that are ids, some may be of no category.
+        self.named_labels = [label for label, key in enumerate(keys) if key in by_key]
 
     @property
     def labels_of_categories(self) -> list[int]:
