@@ -292,7 +292,9 @@ def evaluate_share(rank, folder, port, results):
     dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
     dataset = build_dataset(replace(CONFIG.data, data_path=str(folder)), "val")
     loader = make_loader(dataset, 2, rank=rank, world_size=2)
+    dataset._leave_out(7 + rank, "what each process finds alone")
     found = evaluate(Oracle(dataset, rank, 2), loader, dataset, "cpu")
+    assert dataset.bad_images.nonzero()[:, 0].tolist() == [7, 8]
     (results / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -303,7 +305,10 @@ def test_several_processes_get_the_results_of_one(shapes, tmp_path):
         port = free.getsockname()[1]
     mp.spawn(evaluate_share, (shapes, port, tmp_path), nprocs=2)
     dataset = build_dataset(replace(CONFIG.data, data_path=str(shapes)), "val")
-    expected = run(Oracle(dataset), dataset)
+    oracle = Oracle(dataset)
+    dataset.bad_images[7:9] = True
+    expected = run(oracle, dataset)
+    assert expected["unreadable_images"] == 2
     for rank in (0, 1):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
 

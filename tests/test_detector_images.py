@@ -2,6 +2,8 @@
 
 import json
 import logging
+import struct
+import zlib
 
 import numpy as np
 import predict
@@ -15,6 +17,7 @@ from detector.data.coco import SCALED, TURNED, TURNED_BACK, UNDECIDED
 from detector.data.images import (
     BROKEN_EXIF,
     DARK,
+    DARK_COLOURS,
     FRAMES,
     HIDDEN,
     ImageRules,
@@ -219,11 +222,52 @@ def test_tiff_says_that_white_is_zero_or_that_there_are_12_bits(tmp_path):
     assert abs(pixels_of(path) - GREY[..., None]).max() <= 1
 
 
-def test_colours_of_16_bits_keep_their_upper_ones(tmp_path, photo):
-    path = tmp_path / "a.ppm"
-    values = np.asarray(photo).astype(">u2") * 257
-    path.write_bytes(b"P6 64 48 65535\n" + values.astype(">u2").tobytes())
+def write_png(path, values, colour_type, transparent=None):
+    """(H, W, channels) of 16 bits, which Pillow writes for grey alone."""
+
+    def chunk(name, content):
+        checksum = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", checksum)
+
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    data = b"\x89PNG\r\n\x1a\n"
+    data += chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))
+    if transparent:
+        data += chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent))
+    path.write_bytes(data + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+@pytest.mark.parametrize("transparent", [None, (5000, 5000, 5000)])
+def test_colours_of_16_bits_keep_their_upper_ones(tmp_path, photo, transparent):
+    path = tmp_path / "a.png"
+    values = np.asarray(photo).astype(np.uint16) * 257
+    write_png(path, values, 2, transparent)
     assert abs(pixels_of(path) - np.asarray(photo)).max() <= 1
+    (tmp_path / "a.ppm").write_bytes(b"P6 64 48 65535\n" + values.astype(">u2").tobytes())
+    assert abs(pixels_of(tmp_path / "a.ppm") - np.asarray(photo)).max() <= 1
+    write_png(path, values // 16, 2)
+    assert read_image(path, RULES).oddities == (DARK_COLOURS,)
+
+
+def test_grey_of_16_bits_with_alpha_is_laid_on_white(tmp_path):
+    path, grey = tmp_path / "a.png", GREY.astype(np.uint16) * 257
+    opaque = np.full_like(grey, 65535)
+    write_png(path, np.stack([grey, opaque], -1), 4)
+    assert abs(pixels_of(path) - GREY[..., None]).max() <= 1
+    write_png(path, np.stack([grey // 16, opaque], -1), 4)
+    assert read_image(path, RULES).oddities == (DARK_COLOURS,)
+
+
+def test_the_first_picture_of_a_phone_s_file_is_turned_upright(tmp_path, photo):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    preview = Image.new("RGB", (32, 24), "blue")
+    options = dict(save_all=True, append_images=[preview], exif=exif, quality=95)
+    stored(photo, 6).save(tmp_path / "a.jpg", "MPO", **options)
+    read = read_image(tmp_path / "a.jpg", RULES)
+    assert read.image.size == photo.size and read.oddities == (FRAMES,)
+    assert abs(np.asarray(read.image).astype(int) - np.asarray(photo)).mean() < 5
 
 
 # ---- transparency --------------------------------------------------------------------------------

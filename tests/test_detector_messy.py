@@ -300,9 +300,23 @@ def test_a_folder_with_train_alone_and_32_pixels_trains_one_by_one(
     assert "There is no split val: nothing is validated" in said
     assert f"Nothing was validated; weights of the last epoch in {folder}/last.pt" in said
     assert not (folder / "best.pt").exists()
-    assert evaluate.main([str(folder / "last.pt"), "--split", "train", "--num-workers", "0"]) == 0
-    assert evaluate.main([str(folder / "last.pt"), "--num-workers", "0"]) == 1
+    evaluation = [str(folder / "last.pt"), "--num-workers", "0", "--batch-size", "3"]
+    files = ["--json", str(tmp_path / "ap.json")]
+    assert evaluate.main([*evaluation, "--split", "train", *files]) == 0
+    assert json.loads((tmp_path / "ap.json").read_text())["images"] == 4
+    assert evaluate.main(evaluation) == 1
     assert "instances_val*.json and valid/_annotations" in capsys.readouterr().err
+
+
+def test_a_training_split_is_evaluated_as_it_is(plain):
+    config = DataConfig(data_path=str(plain), short_sides=(32,), horizontal_flip=1.0)
+    as_is = build_dataset(config, "train", training=False)
+    mirrored = build_dataset(config, "train")
+    assert not as_is.training and mirrored.training
+    (image, target), (other, _) = as_is[0], mirrored[0]
+    assert target["size"].tolist() == [32, 32]
+    assert not torch.equal(image, other)
+    assert [int(t["image_id"]) for b in make_loader(as_is, 3) for t in b.targets] == [0, 1, 2, 3]
 
 
 def test_the_training_program_checks_data_with_its_settings(plain, tmp_path, capsys):

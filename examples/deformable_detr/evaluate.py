@@ -124,7 +124,7 @@ def prepare(options: argparse.Namespace) -> tuple[DeformableDETR, CocoDetection]
     names = zip(checkpoint.category_ids, checkpoint.categories, strict=True) if known else None
     categories = dict(names) if names else None
     data = _changed(checkpoint.config.data, options)
-    build = partial(build_dataset, data, options.split, need_objects=False)
+    build = partial(build_dataset, data, options.split, training=False, need_objects=False)
     dataset = build(categories=categories)
     if not dataset.categories:  # images alone, and a checkpoint without names
         names = {number: f"class {number}" for number in checkpoint.category_ids}

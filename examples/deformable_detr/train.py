@@ -67,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             _say(f"\nStopped at once. The last state saved, if any, is {last}.")
             return 128 + signal.SIGINT
+        if reason == "finished":  # and all processes are here
+            trainer.dataset.merge_findings()
         for line in trainer.dataset.image_findings().lines():
             _say(f"Training data: {line}")
         if reason == "finished":

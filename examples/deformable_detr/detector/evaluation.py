@@ -70,11 +70,12 @@ def evaluate(
             found[position] = _rows(detected, position, dataset)
     model.train(was_training)
 
-    shares = processes.gather((found, dataset.bad_images.nonzero()[:, 0].tolist()))
+    dataset.merge_findings()
+    shares = processes.gather(found)
     results = None
     if processes.rank() == 0:
-        found = {image: rows for share, _ in shares for image, rows in share.items()}
-        bad = {image for _, share in shares for image in share} & found.keys()
+        found = {image: rows for share in shares for image, rows in share.items()}
+        bad = set(dataset.bad_images.nonzero()[:, 0].tolist()) & found.keys()
         found |= {image: np.zeros((0, 6)) for image in bad}
         results = {}
         if dataset.annotations.has_objects:

@@ -37,14 +37,16 @@ def build_dataset(
     *,
     categories: Mapping[Any, str] | None = None,
     seed: int = 0,
+    training: bool | None = None,
     need_objects: bool = True,
 ) -> CocoDetection:
     """One split, train, val or any other; see :class:`CocoDetection` for the other arguments.
 
-    Without ``need_objects`` it may be images alone, see :func:`detector.data.coco.find_split`.
+    It is for training if it is called train, unless ``training`` says otherwise. Without
+    ``need_objects`` it may be images alone, see :func:`detector.data.coco.find_split`.
     """
     generated = config.dataset != "coco"
-    training = split == "train"
+    training = split == "train" if training is None else training
     if config.dataset == "digits" and training and config.horizontal_flip > 0:
         raise ValueError(
             f"horizontal_flip must be 0 for digits: no 3 in a mirror, got {config.horizontal_flip}"

@@ -324,6 +324,12 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             findings.add(f"{{image|images}} {kind}", self._names_of(which))
         return findings
 
+    def merge_findings(self) -> None:
+        """Take over what the other processes found; all of them must call it together."""
+        for found in (self.bad_images, self._odd_images):
+            for others in processes.gather(found.clone()):
+                found |= others
+
     def tell(self) -> None:
         """Report what is odd about images, each kind once; workers leave that to this process."""
         for kind, number in zip(_KINDS, self._first_odd.tolist(), strict=True):

@@ -33,9 +33,10 @@ from detector.config import DataConfig
 # What was odd about "images ..." that could be read, for whoever looks at the data.
 FRAMES = "with several pictures in the file: the first is taken"
 DARK = "of more than 8 bits, nearly black: --white-level says which value is white (12 bits: 4095)"
+DARK_COLOURS = "of 16 bits a colour, nearly black: where white is not 65535, convert them first"
 HIDDEN = "transparent all over: the alpha channel is ignored"
 BROKEN_EXIF = "with EXIF data that cannot be read: taken as upright"
-ODDITIES = (FRAMES, DARK, HIDDEN, BROKEN_EXIF)
+ODDITIES = (FRAMES, DARK, DARK_COLOURS, HIDDEN, BROKEN_EXIF)
 
 # How Pillow turns a picture upright, by its EXIF orientation; 6 and 8 undo each other.
 _TURNS = {
@@ -93,10 +94,10 @@ def read_image(path: Path, rules: ImageRules) -> Photo:
         UnreadableImage: for whatever reason.
     """
     with _opened(path, rules) as file:
+        is_deep = ";16" in str(getattr(file, "tile", ""))  # which decoding empties
         oddities = [FRAMES] if getattr(file, "is_animated", False) else []
         orientation, is_broken = _orientation_of(file)
         oddities += [BROKEN_EXIF] if is_broken else []
-        is_deep = ";16" in str(getattr(file, "tile", ""))  # which decoding empties
         file.load()
         # Of TIFF files Pillow turns the pixels itself, and takes note of it in the tags.
         is_upright = _orientation_of(file)[0] != orientation
@@ -223,18 +224,18 @@ def _as_rgb(file: Image.Image, is_deep: bool, white_level: float) -> tuple[Image
         return _scaled(file, white_level)
     if is_deep:
         file.info.pop("transparency", None)  # a colour of 16 bits, which none of 8 equals
+    with_alpha = file.convert("LA") if file.mode == "La" else file
+    rgb = with_alpha.convert("RGB")  # whatever is transparent
+    is_dark = is_deep and 0 < max(high for _, high in rgb.getextrema()) < 16
+    oddities = [DARK_COLOURS] if is_dark else []
     if not file.has_transparency_data:
-        rgb = file.convert("RGB")
-        is_dark = is_deep and 0 < max(high for _, high in rgb.getextrema()) < 16
-        return rgb, [DARK] if is_dark else []
-
-    rgba = (file.convert("LA") if file.mode == "La" else file).convert("RGBA")
-    alpha = rgba.getchannel("A")
+        return rgb, oddities
+    alpha = with_alpha.convert("RGBA").getchannel("A")
     if alpha.getextrema()[1] == 0:
-        return rgba.convert("RGB"), [HIDDEN]
+        return rgb, [*oddities, HIDDEN]
     ground = Image.new("RGB", file.size, "white")
-    ground.paste(rgba, mask=alpha)
-    return ground, []
+    ground.paste(rgb, mask=alpha)
+    return ground, oddities
 
 
 def _scaled(file: Image.Image, white_level: float) -> tuple[Image.Image, list[str]]:
