@@ -18,6 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import detector.threads  # noqa: F401, before torch, which reads what it sets
+
+# isort: split
+
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from detector import processes
@@ -27,6 +31,7 @@ from detector.data import CocoDetection, build_dataset
 from detector.data.loading import make_loader
 from detector.evaluation import evaluate, table
 from detector.model import DeformableDETR
+from detector.precision import AUTOCAST, autocast, warn_if_slow
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             world_size=processes.count(),
             pin_memory=device.type == "cuda",
         )
-        results = evaluate(model.to(device), loader, dataset, device, options.areas)
+        warn_if_slow(device, options.amp)
+        with autocast(device, options.amp):
+            results = evaluate(model.to(device), loader, dataset, device, options.areas)
         if processes.rank() == 0:
             print(table(results))
             if options.json:
@@ -81,6 +88,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     option("--batch-size", type=int, default=4, metavar="N", help="default: %(default)s")
     option("--num-workers", type=int, default=2, metavar="N", help="default: %(default)s")
     option("--device", default="", help="default: cuda where there is one")
+    option("--amp", choices=AUTOCAST, default="off", help="mixed precision; default: %(default)s")
     option("--json", type=Path, metavar="FILE", help="write the results to it")
     options = parser.parse_args(arguments)
     if options.areas and not 0 < options.areas[0] < options.areas[1]:

@@ -19,6 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import detector.threads  # noqa: F401, before torch, which reads what it sets
+
+# isort: split
+
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -36,6 +40,7 @@ from detector.drawing import (
     name_of,
 )
 from detector.model import DeformableDETR
+from detector.precision import AUTOCAST, autocast
 from msda.plot import SamplingRecord
 
 
@@ -62,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.max_side is None:
         options.max_side = checkpoint.config.data.max_side
     try:
-        failures = predict(model, checkpoint.categories, paths, options)
+        with autocast(next(model.parameters()).device, options.amp):
+            failures = predict(model, checkpoint.categories, paths, options)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -121,6 +127,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="the longer side, at most; default: that of the checkpoint's evaluation, or 1333",
     )
     option("--device", default="", help="default: cuda where there is one")
+    option("--amp", choices=AUTOCAST, default="off", help="mixed precision; default: %(default)s")
     options = parser.parse_args(arguments)
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold must be from 0 to 1, got {options.threshold:g}")

@@ -18,6 +18,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import detector.threads  # noqa: F401, before torch, which reads what it sets
+
+# isort: split
+
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
