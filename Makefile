@@ -71,6 +71,7 @@ bench: build/installed.stamp
 	$(RUN) benchmarks/bench_peers.py --output $(BENCH)/peers.json
 	$(RUN) benchmarks/bench_scaling.py --output $(BENCH)/scaling.json
 	$(RUN) benchmarks/bench_detector.py --output $(BENCH)/detector.json
+	$(RUN) benchmarks/bench_cpu.py --output $(BENCH)/cpu.json
 	$(RUN) benchmarks/bench_paper.py --output $(BENCH)/paper.json
 	$(RUN) benchmarks/bench_transformers.py --output $(BENCH)/transformers.json
 	$(RUN) benchmarks/targets.py $(BENCH)

@@ -550,6 +550,72 @@ def _detector_parts(rows: list[dict]) -> list[str]:
     return lines
 
 
+NO_CPU_FIGURE = (
+    "No figure of these exists yet: `python benchmarks/bench_cpu.py --output "
+    "benchmarks/results/<machine>/cpu.json` measures them."
+)
+
+
+def cpu_table() -> str:
+    """Every committed cpu.json: precision, huge pages and waiting threads in whole programs."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/cpu.json")):
+        results = json.loads(path.read_text())
+        parts += [cpu_heading(path, results, f"{results['threads']} threads, ")]
+        parts += ["\n".join(rows(results)) for rows in (_precision, _waiting, _demo)]
+    return "\n\n".join(parts) or NO_CPU_FIGURE
+
+
+def _precision(results: dict) -> list[str]:
+    """A line per task, a column per precision and kind of pages."""
+    by_task: dict[str, dict[str, float]] = {}
+    for row in results["precision"]:
+        column = f"{AMP_NAMES[row['amp']]}, {row['pages']} pages"
+        by_task.setdefault(row["task"], {})[column] = row["images_per_second"]
+    columns = list(next(iter(by_task.values())))
+    lines = [f"| images/s | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for task, speeds in by_task.items():
+        first = speeds[columns[0]]
+        cells = [f"{speeds[columns[0]]:.3g}"]
+        cells += [f"{speeds[name]:.3g}, **{speeds[name] / first:.2f}x**" for name in columns[1:]]
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return lines
+
+
+AMP_NAMES = {"off": "float32", "bf16": "autocast to bfloat16"}
+
+
+def _waiting(results: dict) -> list[str]:
+    """Training by how threads wait: images per second, alone and among busy processes."""
+    lines = [
+        f"| how threads wait | images/s, alone | among {results['busy_processes']} busy processes "
+        "| per second of processor time, alone | among them |",
+        "|---|---|---|---|---|",
+    ]
+    for row in results["waiting"]:
+        speeds = [
+            f"{row[where][name]:.3g}"
+            for name in ("images_per_second", "images_per_processor_second")
+            for where in ("alone", "among_others")
+        ]
+        lines.append(f"| {row['waiting']} | {' | '.join(speeds)} |")
+    return lines
+
+
+def _demo(results: dict) -> list[str]:
+    """Average precision by the precision of training and evaluation."""
+    found = {(row["trained"], row["evaluated"]): row["AP"] for row in results["demo"]}
+    columns = [f"evaluated in {name}" for name in AMP_NAMES.values()]
+    lines = [
+        f"| AP of the demo after {results['epochs']} epochs | {' | '.join(columns)} |",
+        "|---|---|---|",
+    ]
+    for trained, name in AMP_NAMES.items():
+        cells = [f"{found[trained, evaluated]:.3f}" for evaluated in AMP_NAMES]
+        lines.append(f"| trained in {name} | {' | '.join(cells)} |")
+    return lines
+
+
 NO_PAPER_FIGURE = (
     "No figure of these exists yet: `python benchmarks/bench_paper.py --output "
     "benchmarks/results/<machine>/paper.json` counts and measures them."
@@ -618,6 +684,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "fused": fused_table,
         "targets": targets_table,
         "parts": parts_table,
+        "cpu": cpu_table,
         "paper": paper_table,
     },
 }

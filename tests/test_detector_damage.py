@@ -3,6 +3,7 @@
 What stops the writing of a checkpoint is in test_detector_training.py.
 """
 
+import contextlib
 import errno
 import os
 import random
@@ -10,6 +11,7 @@ import shutil
 import signal
 import threading
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,6 +252,46 @@ def test_a_full_disk_while_the_one_before_is_copied_costs_nothing(path, monkeypa
         saving.save(checkpoint(3), path, path.with_name(PREVIOUS))
     assert saving.load(path)["step"] == 2
     assert saving.load(path.with_name(PREVIOUS))["step"] == 1
+    assert sorted(os.listdir(path.parent)) == [LAST, PREVIOUS]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is full")
+def test_a_really_full_disk_costs_nothing_either(path, monkeypatch):
+    full = Path("/dev/full")
+    monkeypatch.setattr(saving, "open", lambda _, mode: full.open(mode), raising=False)
+    message = r"last\.pt could not be written \(.*No space left on device\); its last version is"
+    for size in (1, 10, 4000, 1_000_000):  # one fits the buffer, and fails where that is emptied
+        with pytest.raises(saving.CheckpointError, match=message):
+            saving.save(checkpoint(3, size), path, path.with_name(PREVIOUS))
+    assert saving.load(path)["step"] == 2
+    assert saving.load(path.with_name(PREVIOUS))["step"] == 1
+    assert sorted(os.listdir(path.parent)) == [LAST, PREVIOUS]
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("function", ["fsync", "link", "replace", "unlink"])
+def test_an_interrupt_at_any_moment_of_saving_costs_nothing(path, monkeypatch, function, number):
+    """Ctrl-C, twice: before and after each call of the system."""
+    calls, really = [], getattr(os, function)
+
+    def interrupted(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        result = really(*arguments, **options)
+        if len(calls) == number - 1:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(saving.os, function, interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        saving.save(checkpoint(3), path, path.with_name(PREVIOUS))
+    monkeypatch.undo()
+    assert saving.load(path)["step"] in (2, 3)
+    assert saving.load(path.with_name(PREVIOUS))["step"] in (1, 2)
+    saving.save(checkpoint(4), path, path.with_name(PREVIOUS))
+    assert saving.load(path)["step"] == 4
+    assert saving.load(path.with_name(PREVIOUS))["step"] in (2, 3)
     assert sorted(os.listdir(path.parent)) == [LAST, PREVIOUS]
 
 

@@ -535,21 +535,26 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch, m
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
 
-def test_a_kill_at_any_moment_leaves_a_whole_checkpoint(tmp_path):
-    path = tmp_path / "last.pt"
+def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
+    path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
     for attempt in range(8):
-        saving.save(checkpoint(0), path)
+        saving.save(checkpoint(0), path, previous)
         child = os.fork()
         if child == 0:
             try:
                 for step in range(1, 10_000):
-                    saving.save(checkpoint(step), path)
+                    saving.save(checkpoint(step), path, previous)
             finally:
                 os._exit(1)
         time.sleep(0.05 + 0.007 * attempt)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        assert_is_checkpoint(path, saving.load(path)["step"])
+        step = saving.load(path)["step"]
+        assert_is_checkpoint(path, step)
+        if previous.exists() and step > 0:
+            before = saving.load(previous)["step"]
+            assert before in (step, step - 1)
+            assert_is_checkpoint(previous, before)
 
 
 def full():

@@ -21,6 +21,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import detector.threads  # noqa: F401, before torch, which reads what it sets
+
+# isort: split
+
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from detector import processes
@@ -30,6 +34,7 @@ from detector.data import CocoDetection, build_dataset
 from detector.data.loading import make_loader
 from detector.evaluation import evaluate, table
 from detector.model import DeformableDETR
+from detector.precision import AUTOCAST, autocast, warn_if_slow
 
 OVERRULED = ("exif", "white_level", "max_pixels", "box_format")
 
@@ -56,9 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             world_size=processes.count(),
             pin_memory=device.type == "cuda",
         )
-        results = evaluate(
-            model.to(device), loader, dataset, device, options.areas, 100, options.results
-        )
+        warn_if_slow(device, options.amp)
+        with autocast(device, options.amp):
+            results = evaluate(
+                model.to(device), loader, dataset, device, options.areas, 100, options.results
+            )
         if processes.rank() == 0:
             print(table(results))
             for line in dataset.image_findings(unreadable=False).lines():
@@ -100,6 +107,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     option("--batch-size", type=int, default=4, metavar="N", help="default: %(default)s")
     option("--num-workers", type=int, default=2, metavar="N", help="default: %(default)s")
     option("--device", default="", help="default: cuda where there is one")
+    option("--amp", choices=AUTOCAST, default="off", help="mixed precision; default: %(default)s")
     option("--json", type=Path, metavar="FILE", help="write the precision to it")
     option(
         "--results",

@@ -20,6 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import detector.threads  # noqa: F401, before torch, which reads what it sets
+
+# isort: split
+
 import torch
 from PIL import Image
 from torch import Tensor
@@ -40,6 +44,7 @@ from detector.drawing import (
     name_of,
 )
 from detector.model import DeformableDETR
+from detector.precision import AUTOCAST, autocast
 from msda.plot import SamplingRecord
 
 OVERRULED = ("exif", "white_level", "max_pixels")
@@ -78,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.short_side is None:
         options.short_side = data.short_sides[-1]
     try:
-        failures = predict(model, checkpoint, paths, options, ImageRules.of(data))
+        with autocast(next(model.parameters()).device, options.amp):
+            failures = predict(model, checkpoint, paths, options, ImageRules.of(data))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -145,6 +151,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         help="annotations to take the names of the classes from, where the checkpoint holds none",
     )
     add_data_options(parser, OVERRULED, of_checkpoint=True)
+    option("--amp", choices=AUTOCAST, default="off", help="mixed precision; default: %(default)s")
     options = parser.parse_args(arguments)
     if not 0 <= options.threshold <= 1:
         parser.error(f"--threshold must be from 0 to 1, got {options.threshold:g}")

@@ -20,6 +20,10 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import detector.threads  # noqa: F401, before torch, which reads what it sets
+
+# isort: split
+
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 

@@ -221,7 +221,11 @@ class TrainConfig(_Checked):
     ema_decay: float = setting(
         0.0, "of the moving average of the weights, which is then evaluated; 0: none", low=0, high=1
     )
-    amp: str = setting("off", "mixed precision", choices=("off", "bf16", "fp16"))
+    amp: str = setting(
+        "off",
+        "mixed precision; on a CPU with instructions for bf16 it pays for a ResNet",
+        choices=("off", "bf16", "fp16"),
+    )
     compile: bool = setting(False, "torch.compile the model")
     gradient_checkpointing: bool = setting(False, "less memory, more time: recompute activations")
     seed: int = setting(42, "of weights, order of the images, augmentation and dropout", low=0)

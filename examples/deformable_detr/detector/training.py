@@ -33,8 +33,7 @@ from detector.data.loading import Batch, start_epoch
 from detector.logs import Log
 from detector.losses import SetCriterion, check_finite, total
 from detector.model import DeformableDETR
-
-AUTOCAST = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from detector.precision import autocast, warn_if_slow
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
@@ -113,6 +112,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             groups, config.train.lr, weight_decay=config.train.weight_decay, fused=True
         )
+        warn_if_slow(device, config.train.amp)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.train.amp == "fp16")
         if config.train.compile:
             self.model.compile()  # in place: names of parameters stay
@@ -324,8 +324,7 @@ class Trainer:
         return self.network.no_sync()
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        dtype = AUTOCAST[self.config.train.amp]
-        with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+        with autocast(self.device, self.config.train.amp):
             outputs = self.network(batch.images, batch.padding_mask)
         return self.criterion(outputs, batch.targets)
 

@@ -1,0 +1,239 @@
+"""Measure what settings of a CPU do to whole programs of the detector.
+
+Images per second in mixed precision and on huge pages, beside float32 on ordinary ones; the average
+precision that training and evaluation in mixed precision come to; and training under several ways
+for threads to wait, on an idle machine and on one with twice as many busy processes as cores. Most
+of this is read when torch is loaded: every row is a process of its own, and rows that are compared
+take turns. With ``--output FILE`` writes what it prints as JSON for report.py.
+
+On an idle machine it takes some ten minutes; whatever else runs there falsifies it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import bench_detector  # makes the detector of examples/ importable
+from measure import ROOT, cpu_machine
+from records import table_line, write_json
+
+from detector import saving
+from detector.config import PRESETS
+
+EXAMPLE = ROOT / "examples" / "deformable_detr"
+PRESET = "digits"  # the demo's
+TRAINING = "training the demo"
+# Of the detector with a ResNet-50: how it is called, and for images of which size.
+CALLS = {
+    "ResNet-50, inference at 800 x 1333": ("forward", (800, 1333)),
+    "ResNet-50, forward and backward at 480 x 640": ("both", (480, 640)),
+}
+AMPS = ("off", "bf16")
+
+Variables = dict[str, str]
+PAGES: dict[str, Variables] = {"ordinary": {}, "huge": {"THP_MEM_ALLOC_ENABLE": "1"}}
+LONG_SPINS = "GOMP_SPINCOUNT=10000"
+PROGRAMS = "as train.py sets it"
+WAITS: dict[str, Variables] = {
+    "GNU OpenMP's own, 300000": {"GOMP_SPINCOUNT": "300000"},
+    LONG_SPINS: {"GOMP_SPINCOUNT": "10000"},
+    "GOMP_SPINCOUNT=3000": {"GOMP_SPINCOUNT": "3000"},
+    "GOMP_SPINCOUNT=1000": {"GOMP_SPINCOUNT": "1000"},
+    "OMP_WAIT_POLICY=passive": {"OMP_WAIT_POLICY": "passive"},
+    PROGRAMS: {},
+}
+MEASURED = {name for given in (*PAGES.values(), *WAITS.values()) for name in given}
+Speed = dict[str, float]  # images_per_second and, of processor time, images_per_processor_second
+
+# ---- a row ---------------------------------------------------------------------------------------
+
+
+def run(command: Sequence[object], variables: Mapping[str, str], threads: int) -> str:
+    """What a Python program prints, in an environment of ours with these variables."""
+    kept = {name: value for name, value in os.environ.items() if name not in MEASURED}
+    environment = kept | {"OMP_NUM_THREADS": str(threads), **variables}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+    return done.stdout
+
+
+def speed_of_training(amp: str, seconds: float, variables: Variables, threads: int) -> Speed:
+    """Of train.py, from its start on, by what it notes in its checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = ["--preset", PRESET, "--amp", amp, "--device", "cpu", "--output", folder]
+        settings += ["--max-minutes", seconds / 60]
+        run([EXAMPLE / "train.py", *settings], variables, threads)
+        state = saving.load(Path(folder) / saving.LAST)
+    images = state["step"] * PRESETS[PRESET].train.batch_size
+    return speed(
+        images, state["seconds"]["training_seconds"], state["seconds"]["processor_seconds"]
+    )
+
+
+def speed_of_calls(
+    task: str, amp: str, seconds: float, variables: Variables, threads: int
+) -> Speed:
+    """Of the detector with a ResNet-50, in a process of its own."""
+    command = [__file__, "--call", task, "--amp", amp, "--seconds", seconds]
+    return json.loads(run(command, variables, threads))
+
+
+def time_calls(name: str, amp: str, seconds: float) -> Speed:
+    """Repeat a call for so long, at least twice."""
+    kind, size = CALLS[name]
+    config = PRESETS[bench_detector.PRESET].model
+    task = bench_detector.Task(config, size, 1, "cpu", amp)
+    call = {"forward": task.forward, "both": task.both}[kind]
+    call()
+    calls, started, busy = 0, time.perf_counter(), time.process_time()
+    while calls < 2 or time.perf_counter() - started < seconds:
+        call()
+        calls += 1
+    return speed(calls, time.perf_counter() - started, time.process_time() - busy)
+
+
+def speed(images: int, seconds: float, processor_seconds: float) -> Speed:
+    """Images per second of each kind."""
+    return {
+        "images_per_second": images / seconds,
+        "images_per_processor_second": images / processor_seconds,
+    }
+
+
+# ---- all rows ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def busy_processes(number: int) -> Iterator[None]:
+    """Within it, so many processes do nothing but use the processor."""
+    command = [sys.executable, "-c", "while True: pass"]
+    running = [subprocess.Popen(command) for _ in range(number)]
+    try:
+        time.sleep(1)
+        yield
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
+
+
+def best_of(rounds: Sequence[Speed]) -> Speed:
+    """The best of several rounds: whatever else the machine does can only take away."""
+    return {name: max(one[name] for one in rounds) for name in rounds[0]}
+
+
+def precision_rows(options: argparse.Namespace) -> list[dict]:
+    """Speed of each task in both precisions, on ordinary and on huge pages."""
+    rows = []
+    for task in (TRAINING, *CALLS):
+        results: dict[tuple[str, str], list[Speed]] = {}
+        for _, amp, pages in itertools.product(range(options.rounds), AMPS, PAGES):
+            # How threads wait is not what is compared here.
+            given = (amp, options.seconds, PAGES[pages] | WAITS[LONG_SPINS], options.threads)
+            result = speed_of_training(*given) if task == TRAINING else speed_of_calls(task, *given)
+            results.setdefault((amp, pages), []).append(result)
+        for (amp, pages), rounds in results.items():
+            rows.append({"task": task, "amp": amp, "pages": pages, **best_of(rounds)})
+            print_line(task, amp, f"{pages} pages", rows[-1])
+    return rows
+
+
+def waiting_rows(options: argparse.Namespace, busy: int) -> list[dict]:
+    """Speed of training under each way to wait, alone and among busy processes."""
+    results: dict[tuple[str, bool], list[Speed]] = {}
+    for _, among_others in itertools.product(range(options.rounds), (False, True)):
+        with busy_processes(busy) if among_others else contextlib.nullcontext():
+            for name, variables in WAITS.items():
+                result = speed_of_training("off", options.seconds, variables, options.threads)
+                results.setdefault((name, among_others), []).append(result)
+    rows = []
+    for name in WAITS:
+        alone, among_others = (best_of(results[name, others]) for others in (False, True))
+        rows.append({"waiting": name, "alone": alone, "among_others": among_others})
+        print_line(name, "alone", "", alone)
+        print_line(name, "among others", "", among_others)
+    return rows
+
+
+def demo_rows(options: argparse.Namespace) -> list[dict]:
+    """Average precision that training in each precision comes to, evaluated in each."""
+    rows = []
+    for amp in AMPS:
+        with tempfile.TemporaryDirectory() as folder:
+            settings = ["--preset", PRESET, "--amp", amp, "--device", "cpu", "--output", folder]
+            settings += ["--epochs", options.epochs, "--eval-every", options.epochs]
+            run([EXAMPLE / "train.py", *settings], {}, options.threads)
+            best, results = Path(folder) / saving.BEST, Path(folder) / "results.json"
+            for used in AMPS:
+                command = [EXAMPLE / "evaluate.py", best, "--amp", used, "--json", results]
+                run([*command, "--device", "cpu", "--num-workers", 0], {}, options.threads)
+                found = json.loads(results.read_text())
+                rows.append({"trained": amp, "evaluated": used, "AP": found["AP"]})
+                print(f"trained {amp}, evaluated {used}: AP {found['AP']:.3f}", flush=True)
+    return rows
+
+
+WIDTHS = (-46, -14, -16, 12, 18)
+
+
+def print_line(first: str, second: str, third: str, row: Mapping[str, Any]) -> None:
+    cells = [first, second, third, f"{row['images_per_second']:.3g}"]
+    print(table_line([*cells, f"{row['images_per_processor_second']:.3g}"], WIDTHS), flush=True)
+
+
+PARTS = ("precision", "waiting", "demo")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all")
+    parser.add_argument("--seconds", type=float, default=6, help="of each row (default: 6)")
+    parser.add_argument("--rounds", type=int, default=1, help="of all rows (default: 1)")
+    parser.add_argument("--epochs", type=int, default=2, help="of the demo (default: 2)")
+    parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="default: all")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    for name in ("--call", "--amp"):  # of a row
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.call:
+        print(json.dumps(time_calls(options.call, options.amp, options.seconds)))
+        return 0
+    busy = 2 * (os.cpu_count() or 1)
+    results: dict[str, Any] = {
+        "machine": cpu_machine(),
+        "threads": options.threads,
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "busy_processes": busy,
+        "epochs": options.epochs,
+        "preset": PRESET,
+    }
+    print(table_line(("", "", "", "images/s", "per processor s"), WIDTHS))
+    if "precision" in options.only:
+        results["precision"] = precision_rows(options)
+    if "waiting" in options.only:
+        results["waiting"] = waiting_rows(options, busy)
+    if "demo" in options.only:
+        results["demo"] = demo_rows(options)
+    if options.output:
+        write_json(options.output, results)
+        print(f"\nwritten: {options.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
