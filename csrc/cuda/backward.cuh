@@ -70,7 +70,7 @@ MSDA_DEVICE void add_scaled_if(bool condition, Real* p, Real w, const Real (&g)[
   Real scaled[kVec];
 #pragma unroll
   for (int i = 0; i < kVec; ++i) scaled[i] = w * g[i];
-  if (condition) atomic_add(p, scaled);
+  atomic_add_if(condition, p, scaled);
 }
 
 // Writes the gradients of sample i of B * Q * M * K, whose corners have the products dot with
@@ -106,7 +106,7 @@ MSDA_DEVICE void write_gradients(const BackwardParams& params, int64_t i,
     Real grad = gradient.sample;
     if constexpr (kFused) grad = sample.weight * (grad - delta);
     if constexpr (kCommon) {
-      static_cast<Real*>(params.grad_weights.data)[i] = grad;
+      store(static_cast<Real*>(params.grad_weights.data) + i, grad);
     } else {
       store_number(params.grad_weights, i, grad);
     }
@@ -185,6 +185,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, k
       const auto products = [&](int i) {
         Corners<Real> dot = {};
         if (first + (i & ~1) >= num_samples) return dot;
+        round.count_get(self.slot(i));
         const Corners<Real> weights = round.weights[self.slot(i)].weights;
         const Place place = round.places[self.slot(i)];
         const uint32_t to_add = place.width_and_corners & corners_to_add;
@@ -254,10 +255,12 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   for (int m = 0; m < sampling.num_heads; ++m) {
     const int64_t first_sample = (query * sampling.num_heads + m) * sampling.num_samples;
     for (int l = first_level; l < last_level; ++l) {
+      count_struct(Access::kLoad, levels[l]);
       const int begin = l == 0 ? 0 : levels[l - 1].samples_end, end = levels[l].samples_end;
       const Real width = Real(levels[l].width), height = Real(levels[l].height);
       const Real half_over_points = Real(levels[l].half_over_points);
       for (int64_t i = first_sample + begin; i < first_sample + end; ++i) {
+        count(Access::kLoad, grad_points + 2 * i, 2 * sizeof(Real));
         Real x = grad_points[2 * i], y = grad_points[2 * i + 1];
         // A sample that does not count may have offsets or boxes that are NaN or Inf.
         if (x == 0 && y == 0) continue;
@@ -269,6 +272,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
         y *= height * half_over_points;
         grad_extent.x += x * offset.x;
         grad_extent.y += y * offset.y;
+        count(Access::kStore, grad_points + 2 * i, 2 * sizeof(Real));
         grad_points[2 * i] = x * extent.x;
         grad_points[2 * i + 1] = y * extent.y;
       }

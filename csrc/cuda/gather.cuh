@@ -21,6 +21,7 @@ constexpr int64_t kCellsPerKey = 4;  // (H + 1) * (W + 1) <= 4 * H * W
 MSDA_DEVICE int64_t cells_before(const DeviceLevel* levels, int level) {
   int64_t cells = 0;
   for (int l = 0; l < level; ++l) {
+    count_struct(Access::kLoad, levels[l]);
     cells += (levels[l].height + int64_t(1)) * (levels[l].width + 1);
   }
   return cells;
@@ -54,8 +55,10 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
                cells_before(levels, sample.level) +
                (sample.y0 + 1) * (levels[sample.level].width + int64_t(1)) + sample.x0 + 1;
       }
-      params.cells[i] = cell;
-      static_cast<CornerWeights<Real>*>(params.weights)[i] = weights_of(sample);
+      store(params.cells + i, cell);
+      CornerWeights<Real>& weights = static_cast<CornerWeights<Real>*>(params.weights)[i];
+      count_struct(Access::kStore, weights);
+      weights = weights_of(sample);
     }
   });
 }
@@ -77,7 +80,7 @@ MSDA_DEVICE int64_t lower_bound(const GatherParams& params, int64_t cell) {
   int64_t first = 0, last = params.num_sorted;
   while (first < last) {
     const int64_t middle = first + (last - first) / 2;
-    if (params.sorted_cells[middle] < cell) {
+    if (load<int64_t>(params.sorted_cells + middle) < cell) {
       first = middle + 1;
     } else {
       last = middle;
@@ -103,10 +106,11 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const int64_t row = pixel / sampling.num_heads;  // of B * S
   const int64_t b = row / sampling.num_keys;
   const int key = int(row % sampling.num_keys);
-  const bool is_padding = sampling.padding_mask && sampling.padding_mask[row];
+  const bool is_padding = sampling.padding_mask && load<bool>(sampling.padding_mask + row);
 
   int l = 0;
   while (l + 1 < sampling.num_levels && key >= levels[l + 1].start) ++l;
+  count_struct(Access::kLoad, levels[l]);
   const int64_t cells_across = levels[l].width + 1;
   const int y = (key - levels[l].start) / levels[l].width;
   const int x = (key - levels[l].start) % levels[l].width;
@@ -122,11 +126,13 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     const auto add = [&](int64_t cell, Real Corners<Real>::* corner) {
       const int64_t end = lower_bound(params, cell + 1);
       for (int64_t i = lower_bound(params, cell); i < end; ++i) {
-        const int64_t sample = params.sample_order[i];
+        const auto sample = load<int64_t>(params.sample_order + i);
         const int64_t head = sample / sampling.num_samples;
         const auto g = load<Vector>(static_cast<const T*>(params.grad_output) +
                                     head * params.head_dim + channel);
-        multiply_add_if(true, weights[sample].weights.*corner, g, sum);
+        const Real& w = weights[sample].weights.*corner;
+        count(Access::kLoad, &w, sizeof(Real));
+        multiply_add_if(true, w, g, sum);
       }
     };
     if (!is_padding) {
@@ -139,7 +145,10 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     }
     Real* const grad = static_cast<Real*>(params.grad_value) + pixel * params.head_dim + channel;
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) grad[i] = sum[i];
+    for (int i = 0; i < kVec; ++i) {
+      count(Access::kStore, grad + i, sizeof(Real));
+      grad[i] = sum[i];
+    }
   }
 }
 

@@ -54,6 +54,8 @@ MSDA_DEVICE const DeviceLevel* stage_levels(const Sampling& sampling,
   if (sampling.num_levels > kMaxLevels) return sampling.levels_in_memory;
   const int l = int(threadIdx.x);
   if (l < sampling.num_levels) {
+    if (sampling.levels_in_memory) count_struct(Access::kLoad, sampling.levels_in_memory[l]);
+    count_struct(Access::kStore, staged[l]);
     staged[l] = sampling.levels_in_memory ? sampling.levels_in_memory[l] : sampling.levels[l];
   }
   __syncthreads();
@@ -114,6 +116,7 @@ class Sampler {
     if (i >= count_) return sample;
 #pragma unroll 1
     while (i >= levels_[level_].samples_end) ++level_;
+    count_struct(Access::kLoad, levels_[level_]);
     const DeviceLevel level = levels_[level_];
 
     sample.width = level.width;
@@ -158,7 +161,7 @@ class Sampler {
   };
 
   static MSDA_DEVICE Real number(const ConstArray& array, int64_t i) {
-    if constexpr (kCommon) return static_cast<const Real*>(array.data)[i];
+    if constexpr (kCommon) return load<Real>(static_cast<const Real*>(array.data) + i);
     return load_number<Real>(array, i);
   }
 
@@ -240,8 +243,10 @@ class Sampler {
     uint32_t is_padding = 0;
 #pragma unroll
     for (int c = 0; c < kNumCorners; ++c) {
-      if ((sample.corners >> c & 1) == 0) continue;
-      is_padding |= uint32_t(padding_mask[sample.key + c % 2 + c / 2 * sample.width]) << c;
+      const bool is_read = sample.corners >> c & 1;
+      const bool* const p = padding_mask + sample.key + c % 2 + c / 2 * sample.width;
+      count(Access::kLoad, p, sizeof(bool), is_read);
+      if (is_read) is_padding |= uint32_t(*p) << c;
     }
     sample.corners &= ~is_padding;
   }
@@ -312,8 +317,16 @@ struct Round {
   Place places[kWarpSize];
 
   MSDA_DEVICE void put(int slot, const Sample<Real>& sample) {
+    count_struct(Access::kStore, weights[slot]);
+    count_struct(Access::kStore, places[slot]);
     weights[slot] = weights_of(sample);
     places[slot] = {sample.key, uint32_t(sample.width) << kNumCorners | sample.corners};
+  }
+
+  // A lane is about to read a slot.
+  MSDA_DEVICE void count_get(int slot) const {
+    count_struct(Access::kLoad, weights[slot]);
+    count_struct(Access::kLoad, places[slot]);
   }
 };
 

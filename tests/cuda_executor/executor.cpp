@@ -266,10 +266,11 @@ struct Meeting {
 struct Thread {
   Fiber fiber;
   State state;
-  Meeting meeting;   // while waiting
-  uint64_t brought;  // the number it brings to a shuffle
-  int source;        // the lane whose number it wants
-  uint64_t taken;    // that number
+  Meeting meeting;                     // while waiting
+  uint64_t brought;                    // the number it brings to a shuffle
+  int source;                          // the lane whose number it wants
+  uint64_t taken;                      // that number
+  std::vector<MemoryAccess> accesses;  // since the last barrier of the warp
 };
 
 std::string describe(const Meeting& meeting) {
@@ -287,6 +288,8 @@ std::string describe(const uint3& index) {
   text << "(" << index.x << ", " << index.y << ", " << index.z << ")";
   return text.str();
 }
+
+constexpr unsigned kAllLanes = 0xffffffff;
 
 unsigned lane_bit(int lane) { return 1u << lane; }
 
@@ -336,6 +339,8 @@ class Launch {
   // Called by the thread that runs.
   uint64_t meet(const Meeting& meeting, uint64_t brought, int source);
 
+  void count(const MemoryAccess& access) { thread(current_).accesses.push_back(access); }
+
   // The same, because it accessed an address that does not exist.
   [[noreturn]] void stop_thread(const void* address);
 
@@ -349,6 +354,8 @@ class Launch {
   void run_block();
   void resume(unsigned i);
   void check_shuffle(unsigned i) const;
+  void count_memory(unsigned first);
+  const std::string& name_of(uintptr_t address) const;
   bool meet_in_block(const Meeting& meeting);
   bool meet_in_warp(unsigned first, const Meeting& meeting);
   [[noreturn]] void report_deadlock() const;
@@ -409,6 +416,7 @@ void Launch::run_block() {
     }
     if (!someone_ran) report_deadlock();
   }
+  for (unsigned i = 0; i < num_threads_; i += kWarpSize) count_memory(i);
 }
 
 void Launch::resume(unsigned i) {
@@ -471,6 +479,7 @@ bool Launch::meet_in_block(const Meeting& meeting) {
     if (thread(i).state != State::kWaiting || !thread(i).meeting.is_same(meeting)) return false;
   }
   for (unsigned i = 0; i < num_threads_; ++i) thread(i).state = State::kReady;
+  for (unsigned i = 0; i < num_threads_; i += kWarpSize) count_memory(i);
   return true;
 }
 
@@ -487,7 +496,24 @@ bool Launch::meet_in_warp(unsigned first, const Meeting& meeting) {
     if (meeting.is_shuffle()) other.taken = thread(first + other.source).brought;
     other.state = State::kReady;
   }
+  // Lanes that are not named may be in the middle of what they do.
+  if (meeting.mask == kAllLanes) count_memory(first);
   return true;
+}
+
+// What the lanes of a warp have done since their last barrier.
+void Launch::count_memory(unsigned first) {
+  if (!device().counts_memory) return;
+  std::vector<std::vector<MemoryAccess>*> lanes;
+  bool has_any = false;
+  for (unsigned i = first; i < std::min(first + kWarpSize, num_threads_); ++i) {
+    lanes.push_back(&thread(i).accesses);
+    has_any |= !lanes.back()->empty();
+  }
+  if (!has_any) return;
+  count_warp(
+      lanes, [&](uintptr_t address) -> const std::string& { return name_of(address); },
+      device().traffic);
 }
 
 void Launch::report_deadlock() const {
@@ -575,6 +601,16 @@ struct OnDevice {
   }
 };
 
+const std::string& Launch::name_of(uintptr_t address) const {
+  static const std::string shared_memory = kSharedMemory;
+  if (address - uintptr_t(shared_memory_.begin) < shared_memory_.bytes) return shared_memory;
+  for (const GuardedMemory* memory : guarded_memory) {
+    if (memory->holds(address)) return memory->name();
+  }
+  fail("block ", describe(blockIdx), ": a kernel counts an access to memory that is no array, at ",
+       reinterpret_cast<void*>(address));
+}
+
 cudaError_t remember(cudaError_t error) {
   if (error != cudaSuccess) device().last_error = error;
   return error;
@@ -601,6 +637,13 @@ uint64_t shuffle_xor(unsigned mask, uint64_t bits, int lane_mask, int width, con
   const int source = (lane ^ lane_mask) & (kWarpSize - 1);
   return meet(meeting, bits, source <= last_of_group ? source : lane);
 }
+
+__attribute__((noinline)) void count(int kind, const void* address, size_t bytes) {
+  if (!device().counts_memory) return;
+  running->count({__builtin_return_address(0), kind, uintptr_t(address), uint32_t(bytes)});
+}
+
+int compute_capability() { return device().compute_capability; }
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    const std::function<void()>& kernel) {
@@ -639,8 +682,8 @@ CurrentDevice::~CurrentDevice() { current_device = previous_; }
 
 cudaStream_t current_stream() { return device().stream(); }
 
-GuardedMemory::GuardedMemory(void* address, size_t bytes, Side side)
-    : address_(address), bytes_(bytes), side_(side) {
+GuardedMemory::GuardedMemory(std::string name, void* address, size_t bytes, Side side)
+    : name_(std::move(name)), address_(address), bytes_(bytes), side_(side) {
   guarded_memory.insert(this);
   permit(Side::kHost);
 }

@@ -35,6 +35,9 @@ using executor::GuardedMemory;
 using executor::Order;
 using executor::Side;
 
+// As vec.cuh numbers them.
+constexpr std::array<const char*, 3> kAccessNames = {"load", "store", "reduction"};
+
 template <class Choice>
 Choice choose(const char* what, const std::map<std::string, Choice>& choices,
               const std::string& wanted) {
@@ -47,7 +50,8 @@ Choice choose(const char* what, const std::map<std::string, Choice>& choices,
 
 std::unique_ptr<Device> make_device(const std::string& order, uint64_t seed,
                                     const std::string& fibers, int num_multiprocessors,
-                                    int launch_error, int launches_before_error) {
+                                    int launch_error, int launches_before_error,
+                                    int compute_capability, bool counts_memory) {
   auto device = std::make_unique<Device>();
   device->order = choose<Order>(
       "order",
@@ -59,7 +63,21 @@ std::unique_ptr<Device> make_device(const std::string& order, uint64_t seed,
   device->num_multiprocessors = num_multiprocessors;
   device->launch_error = launch_error;
   device->launches_before_error = launches_before_error;
+  device->compute_capability = compute_capability;
+  device->counts_memory = counts_memory;
   return device;
+}
+
+// What was counted, a dict for each array, kind of access and size of a lane's part.
+py::list traffic_of(const Device& device) {
+  py::list table;
+  for (const auto& [key, traffic] : device.traffic) {
+    table.append(py::dict("array"_a = key.array, "kind"_a = kAccessNames.at(key.kind),
+                          "bytes"_a = key.bytes, "requests"_a = traffic.requests,
+                          "lanes"_a = traffic.lanes, "sectors"_a = traffic.sectors,
+                          "least_sectors"_a = traffic.least_sectors, "lines"_a = traffic.lines));
+  }
+  return table;
 }
 
 // A function of the self-test, with the device as its first argument.
@@ -81,6 +99,8 @@ void bind_self_test(py::module_ m) {
   MSDA_BIND(unwritten_shared_memory);
   MSDA_BIND(indices_in_order_of_execution);
   MSDA_BIND(atomic_sums);
+  MSDA_BIND(count_accesses);
+  MSDA_BIND(count_in_two_branches);
   MSDA_BIND(shuffle_with_exited_lane);
   MSDA_BIND(shuffle_with_lane_past_the_end_of_the_block);
   MSDA_BIND(shuffle_reads_lane_that_is_not_named);
@@ -120,12 +140,13 @@ constexpr unsigned char kPoison = 0xff;
 class Buffer {
  public:
   // shift: bytes from an aligned address.
-  Buffer(size_t bytes, size_t shift) : bytes_(bytes), margin_(margin()), before_(margin_ + shift) {
+  Buffer(const std::string& name, size_t bytes, size_t shift)
+      : bytes_(bytes), margin_(margin()), before_(margin_ + shift) {
     void* memory = nullptr;
     if (posix_memalign(&memory, kAlignment, before_ + bytes + margin_) != 0) throw std::bad_alloc();
     memory_.reset(static_cast<unsigned char*>(memory));
     std::memset(memory, kPoison, before_ + bytes + margin_);
-    guard_ = std::make_unique<GuardedMemory>(data(), bytes, Side::kDevice);
+    guard_ = std::make_unique<GuardedMemory>(name, data(), bytes, Side::kDevice);
   }
 
   void* data() const { return memory_.get() + before_; }
@@ -279,7 +300,7 @@ class Call {
   // Memory that holds NaN.
   Buffer& allocate(const std::string& name, size_t bytes, size_t element_bytes = 1) {
     const size_t shift = options_.misaligned.count(name) ? element_bytes : 0;
-    return *(buffers_[name] = std::make_unique<Buffer>(bytes, shift));
+    return *(buffers_[name] = std::make_unique<Buffer>(name, bytes, shift));
   }
 
   msda::Problem problem{};
@@ -299,7 +320,7 @@ class Call {
     problem.num_levels = levels_.size();
     problem.levels = levels_.data();
     levels_guard_ = std::make_unique<GuardedMemory>(
-        levels_.data(), levels_.size() * sizeof(msda::Level), Side::kHost);
+        "levels", levels_.data(), levels_.size() * sizeof(msda::Level), Side::kHost);
     if (!on_device) return;
     cuda_call.shapes_are_int64 = options_.device_shapes == "int64";
     const size_t element_bytes = cuda_call.shapes_are_int64 ? 8 : 4;
@@ -432,10 +453,11 @@ PYBIND11_MODULE(_cuda_executor, m) {
   py::class_<Device>(m, "Device")
       .def(py::init(&make_device), py::kw_only(), "order"_a = "forward", "seed"_a = 0,
            "fibers"_a = "native", "num_multiprocessors"_a = 4, "launch_error"_a = int(cudaSuccess),
-           "launches_before_error"_a = 0)
+           "launches_before_error"_a = 0, "compute_capability"_a = 75, "counts_memory"_a = false)
       .def_readonly("last_error", &Device::last_error)
       .def_readonly("num_launches", &Device::num_launches)
-      .def_readonly("num_blocks", &Device::num_blocks);
+      .def_readonly("num_blocks", &Device::num_blocks)
+      .def_property_readonly("traffic", &traffic_of);
   bind_self_test(m.def_submodule("self_test"));
   bind_kernels(m);
 }

@@ -111,6 +111,17 @@ T atomicAdd(T* address, std::enable_if_t<true, T> value) {
   return old;
 }
 
+namespace executor {
+
+// The running thread is about to access memory; or, with no address, stands by while others of its
+// warp do. See traffic.h.
+void count(int kind, const void* address, size_t bytes);
+
+// Of the current device: 75 for 7.5.
+int compute_capability();
+
+}  // namespace executor
+
 // ---- runtime ------------------------------------------------------------------------------------
 
 enum cudaError_t {
