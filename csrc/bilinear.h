@@ -3,7 +3,7 @@
 // A sample at pixel coordinates x = loc_x * W - 1/2, y = loc_y * H - 1/2 (cell centres, as
 // grid_sample with align_corners=False) reads the four pixels around it:
 //
-//     nw --- ne        fx, fy: distance from nw, in [0, 1)
+//     nw --- ne        fx, fy: distance from nw, in [0, 1]
 //     |  x   |         v: value of a corner (zero outside the map), A: attention weight,
 //     sw --- se        g: grad_output
 //
@@ -52,12 +52,16 @@ struct Cell {
 // rounding. The fraction is computed anew from what was given, not as x - first: on a map 160 wide,
 // the rounding of x would be 25 times all other errors of the output. The first pixel is x
 // truncated; where that, or the rounding of x, put it past the sample, the fraction comes out
-// negative and the first pixel is one less. Math has truncate() and multiply_add(), rounded once.
+// negative and the first pixel is one less. Where a sample is the small difference of a reference
+// point and an offset that both lie beyond 2^23 pixels, the roundings of origin and rest are worth
+// pixels; the fraction is clamped, so that the sample stays between the pixels of its cell.
+//
+// Math has truncate(), clamp() to [0, 1], and multiply_add(), rounded once.
 template <class Math, class Real>
 MSDA_HOST_DEVICE Cell<Real> find_cell(Real given, Real step, Real origin, Real rest, Real x) {
   const Real first = Math::truncate(x);
   const Real fraction = Math::multiply_add(given, step, origin - first) + rest;
-  return {fraction < 0 ? first - 1 : first, fraction < 0 ? fraction + 1 : fraction};
+  return {fraction < 0 ? first - 1 : first, Math::clamp(fraction < 0 ? fraction + 1 : fraction)};
 }
 
 template <class Real>

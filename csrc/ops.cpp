@@ -113,6 +113,11 @@ Array mutable_array(const Tensor& tensor) {
   return {tensor.mutable_data_ptr(), dtype_of(tensor, "gradient")};
 }
 
+// A gradient that is not wanted has an empty tensor.
+Gradient gradient_array(const Tensor& tensor, bool is_wanted) {
+  return {mutable_array(tensor), is_wanted};
+}
+
 void check_is_integer(const Tensor& tensor, const char* name) {
   const ScalarType type = tensor.scalar_type();
   MSDA_CHECK(type == ScalarType::Long || type == ScalarType::Int, name,
@@ -289,6 +294,7 @@ Call plain_call(const Pyramid& pyramid, const Tensor& sampling_locations,
   read_samples(pyramid, sampling_locations, "sampling_locations", attention_weights,
                "attention_weights", call);
   call.problem.nearest = nearest;
+  call.problem.is_fused = false;
   return call;
 }
 
@@ -309,6 +315,7 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
   MSDA_CHECK(valid, "reference_points must have shape (B, Q, L or 1, 2 or 4) = (", problem.batch,
              ", ", problem.num_queries, ", ", problem.num_levels, " or 1, 2 or 4), got ",
              to_string(shape));
+  problem.is_fused = true;
   problem.reference = const_array(call.keep_pairs(reference_points), "reference_points");
   problem.reference_levels = shape[2];
   problem.reference_size = shape[3];
@@ -319,7 +326,8 @@ Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
     MSDA_CHECK(padding_mask->scalar_type() == ScalarType::Bool,
                "padding_mask must be bool (True = padding), got ",
                torch::headeronly::toString(padding_mask->scalar_type()));
-    problem.padding_mask = call.keep(*padding_mask).const_data_ptr<bool>();
+    problem.has_padding_mask = true;
+    problem.padding_mask = static_cast<const uint8_t*>(call.keep(*padding_mask).const_data_ptr());
   }
   return call;
 }
@@ -391,7 +399,7 @@ void run_backward_cpu(const Problem& problem, const BackwardInputs& inputs,
                [&](int64_t first, int64_t last) {
                  kernels.backward(problem, inputs, outputs, by_level, first, last);
                });
-  if (outputs.grad_reference.data) {
+  if (outputs.grad_reference.is_wanted) {
     parallel_for(0, problem.batch * problem.num_queries,
                  grain_size(work_per_query_and_head(problem) * problem.num_heads / 4),
                  [&](int64_t first, int64_t last) {
@@ -417,6 +425,7 @@ void with_cuda(const Call& call, const Pyramid& pyramid, const F& f) {
              "torch must give msda a CUDA stream, got an error");
   const bool on_gpu = shapes_are_on_gpu(pyramid);
   std::optional<Tensor> shapes, level_table;
+  cuda_call.shapes_on_device = on_gpu;
   if (on_gpu) {
     shapes = torch::stable::contiguous(*pyramid.spatial_shapes_tensor);
     cuda_call.spatial_shapes = shapes->const_data_ptr();
@@ -445,11 +454,9 @@ void run_backward_cuda(const Problem& problem, const BackwardInputs& inputs,
                        BackwardOutputs outputs, const Tensor& value, bool deterministic,
                        const CudaCall& call) {
   const Array grad_value = outputs.grad_value;
-  const bool gathers = deterministic && grad_value.data != nullptr;
+  const bool gathers = deterministic && outputs.grad_value.is_wanted;
   if (gathers) outputs.grad_value = {};
-  const bool has_others = outputs.grad_value.data || outputs.grad_points.data ||
-                          outputs.grad_weights.data || outputs.grad_reference.data;
-  if (has_others) backward_cuda(problem, inputs, outputs, call);
+  backward_cuda(problem, inputs, outputs, call);
   if (!gathers) return;
   const int64_t num_samples =
       problem.batch * problem.num_queries * problem.num_heads * problem.num_samples;
@@ -540,6 +547,7 @@ void run_backward(const Call& call, const Pyramid& pyramid, const Tensor& grad_o
     for (Tensor& gradient : gradients) torch::stable::zero_(gradient);
     return;
   }
+  if (!outputs.has_wanted()) return;
   const BackwardInputs inputs{const_array(grad_output, "grad_output"),
                               output ? const_array(*output, "output") : ConstArray{}};
 #ifdef MSDA_WITH_CUDA
@@ -567,9 +575,9 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   const Tensor grad_locations = gradient_of(sampling_locations, needs_locations);
   const Tensor grad_weights = gradient_of(attention_weights, needs_weights);
   BackwardOutputs outputs;
-  outputs.grad_value = mutable_array(grad_value);
-  outputs.grad_points = mutable_array(grad_locations);
-  outputs.grad_weights = mutable_array(grad_weights);
+  outputs.grad_value = gradient_array(grad_value, needs_value);
+  outputs.grad_points = gradient_array(grad_locations, needs_locations);
+  outputs.grad_weights = gradient_array(grad_weights, needs_weights);
   run_backward(call, pyramid, dense_grad_output, nullptr, outputs,
                {grad_value, grad_locations, grad_weights}, deterministic);
   return {torch::stable::to(grad_value, value.scalar_type()), grad_locations, grad_weights};
@@ -598,10 +606,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
           : gradient_of(sampling_offsets, needs_offsets);
   const Tensor grad_logits = gradient_of(attention_logits, needs_logits);
   BackwardOutputs outputs;
-  outputs.grad_value = mutable_array(grad_value);
-  outputs.grad_points = mutable_array(grad_offsets);
-  outputs.grad_weights = mutable_array(grad_logits);
-  outputs.grad_reference = mutable_array(grad_reference);
+  outputs.grad_value = gradient_array(grad_value, needs_value);
+  outputs.grad_points = gradient_array(grad_offsets, needs_offsets || needs_reference);
+  outputs.grad_weights = gradient_array(grad_logits, needs_logits);
+  outputs.grad_reference = gradient_array(grad_reference, needs_reference);
   run_backward(call, pyramid, dense_grad_output, &dense_output, outputs,
                {grad_value, grad_offsets, grad_logits, grad_reference}, deterministic);
   return {torch::stable::to(grad_value, value.scalar_type()), grad_reference,

@@ -14,7 +14,8 @@ constexpr int64_t element_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
-// A dense row-major array whose element type is known at run time only. data is null where absent.
+// A dense row-major array whose element type is known at run time only. An empty tensor has a null
+// pointer, so flags say what is given and what is wanted, and pointers say nothing.
 struct ConstArray {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -23,6 +24,11 @@ struct ConstArray {
 struct Array {
   void* data = nullptr;
   DType dtype = DType::kFloat32;
+};
+
+// A gradient has its input's shape. One that is not wanted is not computed, and its data not used.
+struct Gradient : Array {
+  bool is_wanted = false;
 };
 
 struct Level {
@@ -42,17 +48,17 @@ struct Problem {
   int64_t num_samples;  // K
   const Level* levels;  // (L), on the host
   bool nearest;
+  bool is_fused;
+  bool has_padding_mask;  // fused only
 
   // inputs
-  ConstArray value;          // (B, S, M, D)
-  ConstArray points;         // (B, Q, M, K, 2): sampling locations; fused: sampling offsets
-  ConstArray weights;        // (B, Q, M, K): attention weights; fused: attention logits
-  ConstArray reference;      // fused only: (B, Q, reference_levels, reference_size)
-  int64_t reference_levels;  // L, or 1 where one reference serves all levels
-  int64_t reference_size;    // 2: (x, y); 4: (centre x, centre y, width, height)
-  const bool* padding_mask;  // (B, S), true = padding; may be null
-
-  bool is_fused() const { return reference.data != nullptr; }
+  ConstArray value;             // (B, S, M, D)
+  ConstArray points;            // (B, Q, M, K, 2): sampling locations; fused: sampling offsets
+  ConstArray weights;           // (B, Q, M, K): attention weights; fused: attention logits
+  ConstArray reference;         // fused only: (B, Q, reference_levels, reference_size)
+  int64_t reference_levels;     // L, or 1 where one reference serves all levels
+  int64_t reference_size;       // 2: (x, y); 4: (centre x, centre y, width, height)
+  const uint8_t* padding_mask;  // (B, S), padding where not 0, as torch reads a bool
 };
 
 struct ForwardOutputs {
@@ -64,12 +70,16 @@ struct BackwardInputs {
   ConstArray output;       // (B, Q, M * D): what forward returned; read by the fused form only
 };
 
-// Each gradient has its input's shape; a null one is not computed.
 struct BackwardOutputs {
-  Array grad_value;
-  Array grad_points;
-  Array grad_weights;
-  Array grad_reference;
+  Gradient grad_value;
+  Gradient grad_points;  // wanted wherever grad_reference is
+  Gradient grad_weights;
+  Gradient grad_reference;
+
+  bool has_wanted() const {
+    return grad_value.is_wanted || grad_points.is_wanted || grad_weights.is_wanted ||
+           grad_reference.is_wanted;
+  }
 };
 
 }  // namespace msda

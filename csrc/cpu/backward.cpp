@@ -113,7 +113,7 @@ class Backward {
         num_keys_(problem.levels[last_level - 1].start +
                   problem.levels[last_level - 1].height * problem.levels[last_level - 1].width -
                   first_key_),
-        num_sums_(outputs.grad_value.data && !sums_in_place(problem) ? num_keys_ : 0),
+        num_sums_(outputs.grad_value.is_wanted && !sums_in_place(problem) ? num_keys_ : 0),
         samples_(problem, first_level, last_level, true),
         dots_(4 * samples_.padded()),
         points_(2 * samples_.padded()),
@@ -143,14 +143,15 @@ class Backward {
       std::memset(sums_.get(), 0, num_sums_ * D * sizeof(Real));
       grad_value = sums_.get();
       grad_rows = {D * int64_t(sizeof(Real)), first_key_, distance(grad_value, rubbish())};
-    } else if (outputs_.grad_value.data) {
+    } else if (outputs_.grad_value.is_wanted) {
       grad_value =
           static_cast<Real*>(outputs_.grad_value.data) + (b * problem_.num_keys * M + m) * D;
       grad_rows = {M * D * int64_t(sizeof(Real)), 0, distance(grad_value, rubbish())};
     }
     for (int64_t q = 0; q < problem_.num_queries; ++q) {
       samples_.set_query(b, q);
-      samples_.prepare(b, q, m, value_rows, kPacked || !grad_value ? nullptr : &grad_rows);
+      const bool has_grad_rows = !kPacked && outputs_.grad_value.is_wanted;
+      samples_.prepare(b, q, m, value_rows, has_grad_rows ? &grad_rows : nullptr);
       query(b, q, m, value, grad_value);
     }
     if (num_sums_ > 0) write_sums(b, m);
@@ -174,19 +175,20 @@ class Backward {
     const int64_t head = (b * problem_.num_queries + q) * problem_.num_heads + m;
     const T* const grad_output = static_cast<const T*>(inputs_.grad_output.data) + head * D;
     prefetch_next(head + rows_ahead(problem_));
-    const bool wants_dots = outputs_.grad_points.data || outputs_.grad_weights.data;
+    const bool wants_dots = outputs_.grad_points.is_wanted || outputs_.grad_weights.is_wanted;
     const auto run = [&](auto with_dots, auto with_scatter) {
       backward_all_channels<T, kPacked, decltype(with_dots)::value, decltype(with_scatter)::value>(
           samples_, value, grad_output, D, grad_value, dots_.get());
     };
     constexpr std::bool_constant<false> no;
     constexpr std::bool_constant<true> yes;
-    if (!wants_dots) {
-      run(no, yes);
-    } else if (grad_value == nullptr) {
-      run(yes, no);
-    } else {
+    const bool wants_value = outputs_.grad_value.is_wanted;
+    if (wants_dots && wants_value) {
       run(yes, yes);
+    } else if (wants_dots) {
+      run(yes, no);
+    } else if (wants_value) {
+      run(no, yes);
     }
     if (wants_dots) write_sample_gradients(head);
   }
@@ -194,11 +196,11 @@ class Backward {
   void prefetch_next(int64_t head) {
     const int64_t D = problem_.head_dim, samples = head * problem_.num_samples + samples_.begin();
     prefetch<false>(inputs_.grad_output, head * D, D);
-    if (problem_.is_fused()) prefetch<false>(inputs_.output, head * D, D);
-    if (outputs_.grad_points.data) {
+    if (problem_.is_fused) prefetch<false>(inputs_.output, head * D, D);
+    if (outputs_.grad_points.is_wanted) {
       prefetch<true>(outputs_.grad_points, 2 * samples, 2 * samples_.count());
     }
-    if (outputs_.grad_weights.data) {
+    if (outputs_.grad_weights.is_wanted) {
       prefetch<true>(outputs_.grad_weights, samples, samples_.count());
     }
   }
@@ -207,8 +209,8 @@ class Backward {
   void write_sample_gradients(int64_t head) {
     // Softmax: grad_logit = p * (grad_p - sum over all samples of p * grad_p), and that sum is
     // <grad_output, output>.
-    const Real delta = problem_.is_fused() ? output_product(head) : Real(0);
-    const bool in_pixels = outputs_.grad_reference.data != nullptr;
+    const Real delta = problem_.is_fused ? output_product(head) : Real(0);
+    const bool in_pixels = outputs_.grad_reference.is_wanted;
     for (int64_t i = 0; i < samples_.padded(); i += kLanes<Real>) {
       Corners<Vec<Real>> dot;
       load_quads(dots_.get() + 4 * i, dot.nw, dot.ne, dot.sw, dot.se);
@@ -234,14 +236,14 @@ class Backward {
       }
       store_pairs(points_.get() + 2 * i, grad_x, grad_y);
       Vec<Real> grad_weight = gradient.sample;
-      if (problem_.is_fused()) grad_weight = load(samples_.weights() + i) * (grad_weight - delta);
+      if (problem_.is_fused) grad_weight = load(samples_.weights() + i) * (grad_weight - delta);
       store(weights_.get() + i, grad_weight);
     }
     const int64_t first_sample = head * problem_.num_samples + samples_.begin();
-    if (outputs_.grad_points.data) {
+    if (outputs_.grad_points.is_wanted) {
       write(outputs_.grad_points, 2 * first_sample, 2 * samples_.count(), points_.get());
     }
-    if (outputs_.grad_weights.data) {
+    if (outputs_.grad_weights.is_wanted) {
       write(outputs_.grad_weights, first_sample, samples_.count(), weights_.get());
     }
   }
@@ -355,6 +357,7 @@ void backward_reference_rows(const Problem& problem, const BackwardOutputs& outp
 
 void backward(const Problem& problem, const BackwardInputs& inputs, const BackwardOutputs& outputs,
               bool by_level, int64_t first, int64_t last) {
+  if (!outputs.has_wanted()) return;
   dispatch_dtype(problem.value.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Real = acc_t<T>;

@@ -53,6 +53,10 @@ struct VectorMath {
     return MSDA_CPU_CAPABILITY::truncate(v);
   }
   template <class V>
+  static V clamp(V v) {
+    return MSDA_CPU_CAPABILITY::clamp(v);
+  }
+  template <class V>
   static V multiply_add(V a, V b, V c) {
     return MSDA_CPU_CAPABILITY::multiply_add(a, b, c);
   }
@@ -159,7 +163,7 @@ class Samples {
     for (; i < padded_; ++i) set_level(i, first_level, Level{1, 1, 0, 0});
     for (int64_t k = 0; k < 2 * padded_; ++k) given_points_[k] = Real(__builtin_nan(""));
     std::memset(given_weights_.get(), 0, padded_all_ * sizeof(Real));
-    if (!problem.is_fused()) set_transform_of_locations();
+    if (!problem.is_fused) set_transform_of_locations();
   }
 
   int64_t begin() const { return begin_; }    // first sample among the K of a query and head
@@ -195,7 +199,7 @@ class Samples {
 
   // Reads the reference points of query q of image b, if the call is fused.
   void set_query(int64_t b, int64_t q) {
-    if (!problem_.is_fused()) return;
+    if (!problem_.is_fused) return;
     const int64_t size = problem_.reference_levels * problem_.reference_size;
     const Real* const reference =
         view(problem_.reference, (b * problem_.num_queries + q) * size, size, reference_.get());
@@ -221,7 +225,7 @@ class Samples {
     const int64_t first_sample = head * problem_.num_samples;
     points_ = given(problem_.points, 2 * (first_sample + begin_), 2 * count_, 2 * padded_,
                     given_points_.get());
-    if (problem_.is_fused()) {
+    if (problem_.is_fused) {
       read(problem_.weights, first_sample, problem_.num_samples, given_weights_.get());
       softmax();
       weights_ = given_weights_.get();
@@ -237,7 +241,7 @@ class Samples {
     } else {
       prepare_bilinear(value_rows, grad_rows);
     }
-    if (problem_.padding_mask != nullptr) drop_padding(b, value_rows, grad_rows);
+    if (problem_.has_padding_mask) drop_padding(b, value_rows, grad_rows);
   }
 
  private:
@@ -420,7 +424,7 @@ class Samples {
   // Stores where the corners of a vector of samples lie.
   void place(const Pointers& p, int64_t i, IntVec<Real> x0, IntVec<Real> y0,
              const Corners<IntVec<Real>>& read, const Rows& value_rows, const Rows* grad_rows) {
-    const bool keep_keys = problem_.padding_mask != nullptr;
+    const bool keep_keys = problem_.has_padding_mask;
     if (for_backward_ || keep_keys) {
       store_as(p.corners + i, (read.nw & (1 << kNw)) | (read.ne & (1 << kNe)) |
                                   (read.sw & (1 << kSw)) | (read.se & (1 << kSe)));
@@ -452,11 +456,11 @@ class Samples {
 
   // Turns away from the corners that lie on padded pixels.
   void drop_padding(int64_t b, const Rows& value_rows, const Rows* grad_rows) {
-    const bool* const mask = problem_.padding_mask + b * problem_.num_keys;
+    const uint8_t* const mask = problem_.padding_mask + b * problem_.num_keys;
     for (int64_t i = 0; i < count_; ++i) {
       for (int c = 0; c < kNumCorners; ++c) {
         if ((corners_[i] >> c & 1) == 0) continue;
-        if (!mask[key_[i] + c % 2 + c / 2 * map_width_[i]]) continue;
+        if (mask[key_[i] + c % 2 + c / 2 * map_width_[i]] == 0) continue;
         corners_[i] &= ~(index_t<Real>(1) << c);
         value_offset_[corner_index(c, i)] = Offset(value_rows.nowhere);
         if (grad_rows) grad_offset_[corner_index(c, i)] = Offset(grad_rows->nowhere);

@@ -128,6 +128,13 @@ inline VecN<Real, kLanes<Real>> truncate_lanes(Vec<Real> v) {
 inline Vec<float> truncate(Vec<float> v) { return truncate_lanes<float>(v); }
 inline Vec<double> truncate(Vec<double> v) { return truncate_lanes<double>(v); }
 
+// Within [0, 1].
+template <class V>
+inline V clamp(V v) {
+  const V positive = v > 0 ? v : V{};
+  return positive < 1 ? positive : V{} + 1;
+}
+
 // a * b + c, rounded once.
 inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
 

@@ -9,18 +9,20 @@ template <class T>
 void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
                    const BackwardOutputs& outputs, const CudaCall& call) {
   check_fits(problem);
+  if (!outputs.has_wanted()) return;
   BackwardParams params = {};
   params.sampling = make_sampling(problem, call);
   params.value = problem.value.data;
   params.grad_output = inputs.grad_output.data;
   params.output = inputs.output.data;
-  params.grad_value = outputs.grad_value.data;
+  params.grad_value = outputs.grad_value;
   params.grad_points = outputs.grad_points;
   params.grad_weights = outputs.grad_weights;
   params.head_dim = int32_t(problem.head_dim);
-  params.points_in_pixels = outputs.grad_reference.data != nullptr;
+  params.points_in_pixels = outputs.grad_reference.is_wanted;
   const bool aligned = is_aligned(params.value) && is_aligned(params.grad_output) &&
-                       is_aligned(params.output) && is_aligned(params.grad_value);
+                       (!problem.is_fused || is_aligned(params.output)) &&
+                       (!outputs.grad_value.is_wanted || is_aligned(outputs.grad_value.data));
   dispatch_layout<T>(problem, aligned, [&](auto layout) {
     using L = decltype(layout);
     const auto run = [&](auto is_fused) {
@@ -30,12 +32,13 @@ void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
       launch(backward_kernel<T, L::kVec, L::kLanes, L::kExact, kFused, L::kCommon>,
              block_count(params.order, kBlocks), kThreadsPerBlock, call.stream, params);
     };
-    problem.is_fused() ? run(std::true_type()) : run(std::false_type());
+    problem.is_fused ? run(std::true_type()) : run(std::false_type());
   });
-  if (outputs.grad_reference.data) {
+  if (outputs.grad_reference.is_wanted) {
     const int64_t references = problem.batch * problem.num_queries * problem.reference_levels;
+    const Array grad_reference = outputs.grad_reference;
     launch(backward_reference_kernel<acc_t<T>>, unsigned(divide_up(references, kThreadsPerBlock)),
-           kThreadsPerBlock, call.stream, params, outputs.grad_reference, references);
+           kThreadsPerBlock, call.stream, params, grad_reference, references);
   }
 }
 

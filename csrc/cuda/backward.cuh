@@ -14,9 +14,9 @@ struct BackwardParams {
   const void* value;        // (B, S, M, D)
   const void* grad_output;  // (B, Q, M * D)
   const void* output;       // (B, Q, M * D); fused only
-  void* grad_value;         // (B, S, M, D) of acc_t; null where not wanted, as the others
-  Array grad_points;        // (B, Q, M, K, 2)
-  Array grad_weights;       // (B, Q, M, K)
+  Gradient grad_value;      // (B, S, M, D) of acc_t
+  Gradient grad_points;     // (B, Q, M, K, 2)
+  Gradient grad_weights;    // (B, Q, M, K)
   int32_t head_dim;
   bool points_in_pixels;  // leave grad_points in pixels, for backward_reference_kernel
 };
@@ -65,12 +65,22 @@ MSDA_DEVICE void add_product(const acc_t<T> (&g)[kVec], const Packed<T, kVec>& v
   for (int i = 0; i < kVec; ++i) sum += g[i] * element(v, i);
 }
 
+// p[offset...] += w * g. Where condition is false p may be no address at all.
 template <class Real, int kVec>
-MSDA_DEVICE void add_scaled_if(bool condition, Real* p, Real w, const Real (&g)[kVec]) {
+MSDA_DEVICE void add_scaled_if(bool condition, Real* p, int offset, Real w, const Real (&g)[kVec]) {
   Real scaled[kVec];
 #pragma unroll
   for (int i = 0; i < kVec; ++i) scaled[i] = w * g[i];
-  atomic_add_if(condition, p, scaled);
+  atomic_add_if(condition, p, offset, scaled);
+}
+
+template <bool kCommon, class Real>
+MSDA_DEVICE void write_weight_gradient(const BackwardParams& params, int64_t i, Real grad) {
+  if constexpr (kCommon) {
+    store(static_cast<Real*>(params.grad_weights.data) + i, grad);
+  } else {
+    store_number(params.grad_weights, i, grad);
+  }
 }
 
 // Writes the gradients of sample i of B * Q * M * K, whose corners have the products dot with
@@ -83,7 +93,7 @@ MSDA_DEVICE void write_gradients(const BackwardParams& params, int64_t i,
   dot.sw = sample.corners & 1u << kSw ? dot.sw : Real(0);
   dot.se = sample.corners & 1u << kSe ? dot.se : Real(0);
   const SampleGradient<Real> gradient = sample_gradient(dot, sample.fx, sample.fy);
-  if (params.grad_points.data) {
+  if (params.grad_points.is_wanted) {
     // Where no corner was read the steps may be NaN or Inf.
     Pair<Real> grad = {0, 0};
     if (sample.corners != 0 && (kFused || kCommon || !params.sampling.nearest)) {
@@ -100,16 +110,12 @@ MSDA_DEVICE void write_gradients(const BackwardParams& params, int64_t i,
       store_pair(params.grad_points, i, grad);
     }
   }
-  if (params.grad_weights.data) {
+  if (params.grad_weights.is_wanted) {
     // Softmax: grad_logit = p * (grad_p - sum over all samples of p * grad_p), and that sum is
     // <grad_output, output>.
     Real grad = gradient.sample;
     if constexpr (kFused) grad = sample.weight * (grad - delta);
-    if constexpr (kCommon) {
-      store(static_cast<Real*>(params.grad_weights.data) + i, grad);
-    } else {
-      store_number(params.grad_weights, i, grad);
-    }
+    write_weight_gradient<kCommon>(params, i, grad);
   }
 }
 
@@ -138,14 +144,16 @@ __global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, k
   const int num_samples = params.sampling.num_samples;
   const int head_dim = kExact ? kVec * kLanes : params.head_dim;
   const int channels = kCommon ? kCommonChannels : params.sampling.num_heads * head_dim;
-  const uint32_t corners_to_add = params.grad_value ? 0xf : 0;
+  const uint32_t corners_to_add = params.grad_value.is_wanted ? 0xf : 0;
 
   for_each_head<kLanes>(order, params.sampling, [&](const Head& head) {
     const int64_t first_channel =  // of value[b, 0, m, :], for this lane
         int64_t(head.b) * params.sampling.num_keys * channels + head.m * head_dim +
         self.lane * kVec;
     const T* const value = static_cast<const T*>(params.value) + first_channel;
-    Real* const grad_value = static_cast<Real*>(params.grad_value) + first_channel;
+    // As a number: where it is not wanted there is no such address.
+    Real* const grad_value = reinterpret_cast<Real*>(
+        reinterpret_cast<intptr_t>(params.grad_value.data) + first_channel * int(sizeof(Real)));
     const int64_t first_output = int64_t(head.index()) * head_dim + self.lane * kVec;
 
     // grad_output[b, q, m, :] of this lane, where one step covers all channels
@@ -174,10 +182,12 @@ __global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, k
     }
 
     Sampler<Real, kFused, kCommon, kLanes> sampler(params.sampling, levels, head, self.lane);
+    uint32_t corners = 0;  // any that this lane's samples read
 #pragma unroll 1
     for (int first = 0; first < num_samples; first += kLanes * order.split) {
       const int own = first + self.part * kLanes + self.lane;
       const Sample<Real> sample = sampler.prepare(own);
+      corners |= sample.corners;
       round.put(self.slot(self.lane), sample);
       __syncwarp();
       // Once for the round: a pixel that is not read may hold what it held before.
@@ -203,10 +213,10 @@ __global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, k
           load_if(place.reads(kNe), north + chunk + channels, v.ne);
           load_if(place.reads(kSw), south + chunk, v.sw);
           load_if(place.reads(kSe), south + chunk + channels, v.se);
-          add_scaled_if(to_add & 1u << kNw, grad_north + chunk, weights.nw, g);
-          add_scaled_if(to_add & 1u << kNe, grad_north + chunk + channels, weights.ne, g);
-          add_scaled_if(to_add & 1u << kSw, grad_south + chunk, weights.sw, g);
-          add_scaled_if(to_add & 1u << kSe, grad_south + chunk + channels, weights.se, g);
+          add_scaled_if(to_add & 1u << kNw, grad_north, chunk, weights.nw, g);
+          add_scaled_if(to_add & 1u << kNe, grad_north, chunk + channels, weights.ne, g);
+          add_scaled_if(to_add & 1u << kSw, grad_south, chunk, weights.sw, g);
+          add_scaled_if(to_add & 1u << kSe, grad_south, chunk + channels, weights.se, g);
           add_product(g, v.nw, dot.nw);
           add_product(g, v.ne, dot.ne);
           add_product(g, v.sw, dot.sw);
@@ -220,6 +230,21 @@ __global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, k
         write_gradients<kFused, kCommon>(params, i, sample, dot, delta);
       }
       __syncwarp();
+    }
+
+    // A head of which no sample counts has an output of 0, which makes a NaN of grad_output a NaN
+    // of delta, where there is nothing that it could reach.
+    if constexpr (kFused) {
+      if (!__any_sync(kAllLanes, delta != delta)) return;
+      for (int s = 1; s < kLanes * order.split; s *= 2) {
+        corners |= __shfl_xor_sync(kAllLanes, corners, s);
+      }
+      if (corners != 0 || !(delta != delta) || !params.grad_weights.is_wanted) return;
+      for (int own = self.part * kLanes + self.lane; own < num_samples;
+           own += kLanes * order.split) {
+        const int64_t i = int64_t(head.index()) * num_samples + own;
+        write_weight_gradient<kCommon>(params, i, 0 * sampler.weight_scale());
+      }
     }
   });
 }
@@ -245,7 +270,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const int last_level = is_shared ? sampling.num_levels : own_level + 1;
 
   const int64_t first = reference * sampling.reference_size;
-  Pair<Real> extent = {0, 0};
+  Pair<Real> extent = {0, 0};  // width and height of a box
   if (is_box) {
     extent.x = load_number<Real>(sampling.reference, first + 2);
     extent.y = load_number<Real>(sampling.reference, first + 3);
@@ -259,22 +284,23 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
       const int begin = l == 0 ? 0 : levels[l - 1].samples_end, end = levels[l].samples_end;
       const Real width = Real(levels[l].width), height = Real(levels[l].height);
       const Real half_over_points = Real(levels[l].half_over_points);
+      // As Sampler has them: the gradient of the offsets is that of a call without this kernel.
+      const Real step_x = width * extent.x * half_over_points;
+      const Real step_y = height * extent.y * half_over_points;
       for (int64_t i = first_sample + begin; i < first_sample + end; ++i) {
         count(Access::kLoad, grad_points + 2 * i, 2 * sizeof(Real));
-        Real x = grad_points[2 * i], y = grad_points[2 * i + 1];
+        const Real x = grad_points[2 * i], y = grad_points[2 * i + 1];
         // A sample that does not count may have offsets or boxes that are NaN or Inf.
         if (x == 0 && y == 0) continue;
         grad_centre.x += x * width;
         grad_centre.y += y * height;
         if (!is_box) continue;
         const Pair<Real> offset = load_pair<Real>(sampling.points, i);
-        x *= width * half_over_points;
-        y *= height * half_over_points;
-        grad_extent.x += x * offset.x;
-        grad_extent.y += y * offset.y;
+        grad_extent.x += x * (width * half_over_points) * offset.x;
+        grad_extent.y += y * (height * half_over_points) * offset.y;
         count(Access::kStore, grad_points + 2 * i, 2 * sizeof(Real));
-        grad_points[2 * i] = x * extent.x;
-        grad_points[2 * i + 1] = y * extent.y;
+        grad_points[2 * i] = x * step_x;
+        grad_points[2 * i + 1] = y * step_y;
       }
     }
   }

@@ -23,7 +23,7 @@ void forward_cuda(const Problem& problem, const ForwardOutputs& outputs, const C
       launch(forward_kernel<T, L::kVec, L::kLanes, L::kExact, kFused, L::kCommon>,
              block_count(params.order, kBlocks), kThreadsPerBlock, call.stream, params);
     };
-    problem.is_fused() ? run(std::true_type()) : run(std::false_type());
+    problem.is_fused ? run(std::true_type()) : run(std::false_type());
   });
 }
 

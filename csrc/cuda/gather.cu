@@ -24,7 +24,7 @@ void sample_cells_cuda(const Problem& problem, const SortedSamples& samples, con
     launch(sample_cells_kernel<acc_t<T>, kGatherLanes, decltype(is_fused)::value>,
            block_count(params.order, kBlocks), kThreadsPerBlock, call.stream, params);
   };
-  problem.is_fused() ? run(std::true_type()) : run(std::false_type());
+  problem.is_fused ? run(std::true_type()) : run(std::false_type());
 }
 
 template <class T>

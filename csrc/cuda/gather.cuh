@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const int64_t row = pixel / sampling.num_heads;  // of B * S
   const int64_t b = row / sampling.num_keys;
   const int key = int(row % sampling.num_keys);
-  const bool is_padding = sampling.padding_mask && load<bool>(sampling.padding_mask + row);
+  const bool is_padding =
+      sampling.has_padding_mask && load<uint8_t>(sampling.padding_mask + row) != 0;
 
   int l = 0;
   while (l + 1 < sampling.num_levels && key >= levels[l + 1].start) ++l;

@@ -17,8 +17,9 @@ struct CudaCall {
 
   // Heights and widths where the host does not know them: (L, 2), and those of problem.levels are
   // not read.
-  const void* spatial_shapes = nullptr;
+  bool shapes_on_device = false;
   bool shapes_are_int64 = true;
+  const void* spatial_shapes = nullptr;
 
   // Scratch memory of level_table_bytes(), 16-byte aligned.
   void* level_table = nullptr;

@@ -55,12 +55,13 @@ inline void check_fits(const Problem& problem) {
 // What it takes to fill some entries of the table of levels in memory: where the sizes are known to
 // the GPU only, or are too many for a kernel's parameters.
 struct LevelTableParams {
-  DeviceLevel levels[kMaxLevels];  // some of the table's; sizes and starts where shapes is null
-  const void* shapes;              // (L, 2), int64 or int32; may be null
+  DeviceLevel levels[kMaxLevels];  // some of the table's; without sizes and starts if has_shapes
+  const void* shapes;              // (L, 2), int64 or int32; if has_shapes
   DeviceLevel* table;              // (L)
   int64_t num_keys;
   int32_t first, last;  // those levels
   int32_t num_levels;
+  bool has_shapes;
   bool shapes_are_int64;
 };
 
@@ -78,6 +79,7 @@ inline Sampling make_sampling(const Problem& problem, const CudaCall& call) {
   sampling.points = problem.points;
   sampling.weights = problem.weights;
   sampling.reference = problem.reference;
+  sampling.has_padding_mask = problem.has_padding_mask;
   sampling.padding_mask = problem.padding_mask;
   sampling.num_queries = int32_t(problem.num_queries);
   sampling.num_heads = int32_t(problem.num_heads);
@@ -87,9 +89,10 @@ inline Sampling make_sampling(const Problem& problem, const CudaCall& call) {
   sampling.reference_size = int32_t(problem.reference_size);
   sampling.nearest = problem.nearest;
 
-  const bool in_memory = needs_level_table(problem.num_levels, call.spatial_shapes != nullptr);
+  const bool in_memory = needs_level_table(problem.num_levels, call.shapes_on_device);
   if (in_memory) sampling.levels_in_memory = static_cast<const DeviceLevel*>(call.level_table);
   LevelTableParams table = {};
+  table.has_shapes = call.shapes_on_device;
   table.shapes = call.spatial_shapes;
   table.shapes_are_int64 = call.shapes_are_int64;
   table.table = static_cast<DeviceLevel*>(call.level_table);
@@ -161,7 +164,7 @@ inline Order make_order(const Problem& problem, const CudaCall& call, int lanes,
   const int64_t resident = multiprocessors * blocks_per_multiprocessor;
   const bool is_large = heads >> (kLog2LargeTile + order.log2_tile_heads) >= resident;
   const bool is_pyramid = is_large && problem.num_queries == problem.num_keys &&
-                          call.spatial_shapes == nullptr && problem.num_levels <= kMaxLevels;
+                          !call.shapes_on_device && problem.num_levels <= kMaxLevels;
   order.log2_tile_height = is_pyramid ? kLog2LargeTile / 2 : 0;
   order.log2_tile_width =
       (is_large ? kLog2LargeTile : floor_log2(heads_per_pass) - order.log2_tile_heads) -
@@ -217,12 +220,11 @@ template <class T, class F>
 void dispatch_layout(const Problem& problem, bool aligned, const F& f) {
   constexpr int kVec = kMaxVectorBytes / sizeof(T);
   if constexpr (!std::is_same_v<T, double>) {
-    const auto is_float32 = [](const ConstArray& array) {
-      return array.data == nullptr || array.dtype == DType::kFloat32;
-    };
+    const auto is_float32 = [](const ConstArray& array) { return array.dtype == DType::kFloat32; };
     const bool is_common = problem.num_heads * problem.head_dim == kCommonChannels &&
                            !problem.nearest && is_float32(problem.points) &&
-                           is_float32(problem.weights) && is_float32(problem.reference);
+                           is_float32(problem.weights) &&
+                           (!problem.is_fused || is_float32(problem.reference));
     const auto exact = [&](auto head_dim) {
       constexpr int kLanes = decltype(head_dim)::value / kVec;
       if (is_common) return f(Layout<kVec, kLanes, true, true>());

@@ -27,7 +27,7 @@ __global__ void level_table_kernel(const __grid_constant__ LevelTableParams para
   }
   for (int l = params.first; l < params.last; ++l) {
     DeviceLevel level = params.levels[l - params.first];
-    if (params.shapes) {
+    if (params.has_shapes) {
       const auto size = [&](int i) {
         return params.shapes_are_int64 ? static_cast<const int64_t*>(params.shapes)[i]
                                        : int64_t(static_cast<const int32_t*>(params.shapes)[i]);

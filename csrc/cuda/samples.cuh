@@ -34,10 +34,10 @@ struct Sampling {
   const DeviceLevel* levels_in_memory;  // null where levels holds them all
   int32_t num_levels;
 
-  ConstArray points;         // (B, Q, M, K, 2): sampling locations; fused: sampling offsets
-  ConstArray weights;        // (B, Q, M, K): attention weights; fused: attention logits
-  ConstArray reference;      // fused only: (B, Q, reference_levels, reference_size)
-  const bool* padding_mask;  // (B, S), true = padding; may be null
+  ConstArray points;            // (B, Q, M, K, 2): sampling locations; fused: sampling offsets
+  ConstArray weights;           // (B, Q, M, K): attention weights; fused: attention logits
+  ConstArray reference;         // fused only: (B, Q, reference_levels, reference_size)
+  const uint8_t* padding_mask;  // (B, S), padding where not 0; if has_padding_mask
   int32_t num_queries;
   int32_t num_heads;
   int32_t num_keys;
@@ -45,6 +45,7 @@ struct Sampling {
   int32_t reference_levels;
   int32_t reference_size;
   bool nearest;
+  bool has_padding_mask;
 };
 
 // The table of levels, copied to shared memory unless it is too long for that. All threads of a
@@ -86,6 +87,15 @@ struct Sample {
 struct DeviceMath {
   static MSDA_DEVICE float truncate(float x) { return truncf(x); }
   static MSDA_DEVICE double truncate(double x) { return trunc(x); }
+  // Within [0, 1].
+  static MSDA_DEVICE float clamp(float x) {
+#ifdef __CUDA_ARCH__
+    return __saturatef(x);
+#else
+    return fminf(fmaxf(x, 0), 1);
+#endif
+  }
+  static MSDA_DEVICE double clamp(double x) { return fmin(fmax(x, 0.0), 1.0); }
   static MSDA_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
   static MSDA_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 };
@@ -152,6 +162,9 @@ class Sampler {
     if constexpr (kFused) drop_padding(sample);
     return sample;
   }
+
+  // What the softmax multiplies exponentials by: NaN where a logit makes it so.
+  MSDA_DEVICE Real weight_scale() const { return scale_; }
 
  private:
   // From what was given for one axis to a pixel coordinate: step * given + origin + rest, where
@@ -238,15 +251,16 @@ class Sampler {
   }
 
   MSDA_DEVICE void drop_padding(Sample<Real>& sample) const {
-    if (sampling_.padding_mask == nullptr) return;
-    const bool* const padding_mask = sampling_.padding_mask + int64_t(head_.b) * sampling_.num_keys;
+    if (!sampling_.has_padding_mask) return;
+    const uint8_t* const padding_mask =
+        sampling_.padding_mask + int64_t(head_.b) * sampling_.num_keys;
     uint32_t is_padding = 0;
 #pragma unroll
     for (int c = 0; c < kNumCorners; ++c) {
       const bool is_read = sample.corners >> c & 1;
-      const bool* const p = padding_mask + sample.key + c % 2 + c / 2 * sample.width;
-      count(Access::kLoad, p, sizeof(bool), is_read);
-      if (is_read) is_padding |= uint32_t(*p) << c;
+      const uint8_t* const p = padding_mask + sample.key + c % 2 + c / 2 * sample.width;
+      count(Access::kLoad, p, sizeof(*p), is_read);
+      if (is_read && *p != 0) is_padding |= 1u << c;
     }
     sample.corners &= ~is_padding;
   }

@@ -289,20 +289,25 @@ MSDA_DEVICE void store_pair(const Array& array, int64_t i, Pair<Real> pair) {
 
 // ---- atomic additions ---------------------------------------------------------------------------
 
-// p[i] += x[i] for each i where condition is true, each addition atomic by itself. Vectors of four
-// floats go out as one instruction where there is one (compute capability 9.0). PTX, because the
-// compiler does not see that p is in global memory and would test for it.
+// p[offset + i] += x[i] for each i where condition is true, each addition atomic by itself; else p
+// may be no address at all. Vectors of four floats go out as one instruction where there is one
+// (compute capability 9.0). PTX, because the compiler does not see that p is in global memory and
+// would test for it.
 template <int kVec, class Real>
-MSDA_DEVICE void atomic_add_if(bool condition, Real* p, const Real (&x)[kVec]) {
+MSDA_DEVICE void atomic_add_if(bool condition, Real* p, int offset, const Real (&x)[kVec]) {
   [[maybe_unused]] constexpr bool kIsVector = std::is_same_v<Real, float> && kVec % 4 == 0;
 #ifndef __CUDACC__
+  if (condition) p += offset;
   assert(!condition || !kIsVector || reinterpret_cast<uintptr_t>(p) % kMaxVectorBytes == 0);
   const int width = kIsVector && executor::compute_capability() >= 90 ? 4 : 1;
   for (int i = 0; i < kVec; i += width) {
-    count(Access::kReduction, p + i, width * int(sizeof(Real)), condition);
+    count(Access::kReduction, condition ? p + i : nullptr, width * int(sizeof(Real)));
   }
-#endif
   if (!condition) return;
+#else
+  if (!condition) return;
+  p += offset;
+#endif
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if constexpr (kIsVector) {
 #pragma unroll

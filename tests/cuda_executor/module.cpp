@@ -224,7 +224,9 @@ class Call {
     problem.points = input("points");
     problem.weights = input("weights");
     problem.reference = input("reference");
-    problem.padding_mask = static_cast<const bool*>(input("padding_mask").data);
+    problem.padding_mask = static_cast<const uint8_t*>(input("padding_mask").data);
+    problem.is_fused = arrays.count("reference") > 0;
+    problem.has_padding_mask = arrays.count("padding_mask") > 0;
     problem.nearest = options.nearest;
 
     const Shape value = shape_of("value"), points = shape_of("points");
@@ -234,7 +236,7 @@ class Call {
     problem.head_dim = value.at(3);
     problem.num_queries = points.at(1);
     problem.num_samples = points.at(3);
-    if (problem.is_fused()) {
+    if (problem.is_fused) {
       problem.reference_levels = shape_of("reference").at(2);
       problem.reference_size = shape_of("reference").at(3);
     }
@@ -247,7 +249,7 @@ class Call {
     if (table_bytes > 0) cuda_call.level_table = allocate("level_table", table_bytes).data();
   }
 
-  // Null where the array was not given.
+  // Nothing where the array was not given.
   msda::ConstArray input(const std::string& name) {
     const auto found = arrays_.find(name);
     if (found == arrays_.end()) return {};
@@ -322,6 +324,7 @@ class Call {
     levels_guard_ = std::make_unique<GuardedMemory>(
         "levels", levels_.data(), levels_.size() * sizeof(msda::Level), Side::kHost);
     if (!on_device) return;
+    cuda_call.shapes_on_device = true;
     cuda_call.shapes_are_int64 = options_.device_shapes == "int64";
     const size_t element_bytes = cuda_call.shapes_are_int64 ? 8 : 4;
     std::vector<int64_t> wide;
@@ -376,19 +379,19 @@ NamedArrays backward(Device& device, const NamedArrays& arrays,
   const bool wants_reference = wanted.count("reference");
   msda::BackwardOutputs outputs;
   if (wanted.count("value")) {
-    outputs.grad_value = call.output("grad_value", call.shape_of("value"), sum_type, true);
+    outputs.grad_value = {call.output("grad_value", call.shape_of("value"), sum_type, true), true};
   }
   if (wanted.count("points") || wants_reference) {
-    outputs.grad_points = call.output("grad_points", call.shape_of("points"),
-                                      wants_reference ? sum_type : problem.points.dtype);
+    const DType type = wants_reference ? sum_type : problem.points.dtype;
+    outputs.grad_points = {call.output("grad_points", call.shape_of("points"), type), true};
   }
   if (wanted.count("weights")) {
-    outputs.grad_weights =
-        call.output("grad_weights", call.shape_of("weights"), problem.weights.dtype);
+    outputs.grad_weights = {
+        call.output("grad_weights", call.shape_of("weights"), problem.weights.dtype), true};
   }
   if (wants_reference) {
-    outputs.grad_reference =
-        call.output("grad_reference", call.shape_of("reference"), problem.reference.dtype);
+    outputs.grad_reference = {
+        call.output("grad_reference", call.shape_of("reference"), problem.reference.dtype), true};
   }
   msda::backward_cuda(problem, inputs, outputs, call.cuda_call);
   return call.results();

@@ -102,6 +102,16 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = executor::k
   return executor::from_bits<T>(executor::shuffle_xor(mask, bits, lane_mask, width, {file, line}));
 }
 
+// Whether the predicate holds for any lane of a whole warp.
+inline bool __any_sync(unsigned mask, bool predicate, const char* file = __builtin_FILE(),
+                       int line = __builtin_LINE()) {
+  int any = predicate;
+  for (int s = 1; s < executor::kWarpSize; s *= 2) {
+    any |= __shfl_xor_sync(mask, any, s, executor::kWarpSize, file, line);
+  }
+  return any != 0;
+}
+
 // One thread runs at a time: nothing can come between the two steps.
 template <class T>
 T atomicAdd(T* address, std::enable_if_t<true, T> value) {
