@@ -86,8 +86,10 @@ def kernels_in_place_of_the_operator(monkeypatch, request):
     executor.load()
     for inputs, function in executor.OPERATOR.items():
         monkeypatch.setitem(conftest.OPERATOR, inputs, function)
-    order = executor.ORDERS[zlib.crc32(request.node.name.encode()) % len(executor.ORDERS)]
-    monkeypatch.setattr(executor.Operator, "order", order)
+    gpus = list(itertools.product(executor.ORDERS, executor.CAPABILITIES))
+    order, capability = gpus[zlib.crc32(request.node.name.encode()) % len(gpus)]
+    gpu = dict(order=order, compute_capability=capability)
+    monkeypatch.setattr(executor.Operator, "gpu", gpu)
 
 
 @pytest.fixture
@@ -143,15 +145,21 @@ def assert_all_same_bits(actual, expected):
 
 @every_dtype
 @some_forms
+@pytest.mark.parametrize("capability", executor.CAPABILITIES, ids="sm_{}".format)
 @pytest.mark.parametrize(
     ("heads", "head_dim"),
     [(16, 16), (8, 32), (4, 64), (3, 16), (3, 32), (3, 64), (2, 48), (1, 72), (1, 256)],
     ids=str,
 )
-def test_every_layout_of_lanes_matches_reference_in_every_order(make, heads, head_dim, dtype):
+def test_every_layout_of_lanes_matches_reference_in_every_order(
+    make, heads, head_dim, capability, dtype
+):
     sizes = dict(batch=2, num_queries=5, num_heads=heads, head_dim=head_dim, num_points=3)
     inputs = off_edges(make([(4, 6), (3, 2)], **sizes, dtype=dtype))
-    results = [compute_all(inputs, executor.make_device(order=order)) for order in executor.ORDERS]
+    results = [
+        compute_all(inputs, executor.make_device(order=order, compute_capability=capability))
+        for order in executor.ORDERS
+    ]
     expected = compute_all_exactly(inputs)
     for result in results:
         assert_all_close(inputs, result, expected)
@@ -207,8 +215,9 @@ def test_samples_of_a_query_may_be_split_among_sub_warps(make, head_dim, dtype):
     expected = compute_all_exactly(inputs)
     # Two lanes hold 16 channels of 16 bits, and a warp 16 such pairs.
     splits = (1, 2, 4, 16) if head_dim * dtype.itemsize == 32 else (1, 2, 4)
-    for split, order in itertools.product(splits, executor.ORDERS):
-        gpu = executor.make_device(order=order)
+    orders = zip(executor.ORDERS, itertools.cycle(executor.CAPABILITIES), strict=False)
+    for split, (order, capability) in itertools.product(splits, orders):
+        gpu = executor.make_device(order=order, compute_capability=capability)
         assert_all_close(inputs, compute_all(inputs, gpu, split=split), expected)
 
 
@@ -353,18 +362,22 @@ def test_offsets_into_the_padding_mask_have_64_bits():
 @some_forms
 def test_sanitized_kernels_stay_within_their_arrays(make, dtype):
     # The next test runs this one under sanitizers.
-    def run(order, misaligned=(), device_shapes="", **sizes):
+    def run(order, misaligned=(), device_shapes="", capability=75, **sizes):
         inputs = make(SHAPES, batch=2, num_queries=7, **sizes, dtype=dtype)
         points = inputs.tensors()[-2]
         points.view(-1)[:6] = torch.tensor([math.nan, 0, math.inf, 1e30, -1e30, 2.0**31])
         options = dict(misaligned=set(misaligned), device_shapes=device_shapes)
-        results = compute_all(inputs, executor.make_device(order=order), **options)
+        gpu = executor.make_device(order=order, compute_capability=capability)
+        results = compute_all(inputs, gpu, **options)
         for name, tensor in results.items():
             assert tensor.isfinite().all(), name
 
     run("forward", num_heads=8, head_dim=32, num_points=3)
+    run("reverse", num_heads=16, head_dim=16, num_points=3)
+    run("reverse", num_heads=8, head_dim=32, num_points=3, capability=90)
     run("reverse", num_heads=2, head_dim=19, num_points=1)
     run("random", num_heads=1, head_dim=72, num_points=2, device_shapes="int64")
+    run("random", num_heads=1, head_dim=72, num_points=2, capability=90)
     for array in ("value", "output", "grad_output", "grad_value"):
         run("forward", num_heads=3, head_dim=16, num_points=[2, 0, 5], misaligned=[array])
 

@@ -109,7 +109,7 @@ WORKLOAD, CASE = "decoder-300", "backward, float32, sm_75"
 @pytest.mark.parametrize(
     ("name", "count", "message"),
     [
-        ("pixels", "sectors", "pixels: sectors of a sample must be at most"),
+        ("outputs", "sectors", "outputs: sectors of a sample must be at most"),
         ("pixels", "requests", "pixels: requests of a sample must be at most"),
         ("shared memory", "sectors", "shared memory: wavefronts of a sample must be at most"),
     ],

@@ -27,7 +27,7 @@ void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
     using L = decltype(layout);
     const auto run = [&](auto is_fused) {
       constexpr bool kFused = decltype(is_fused)::value;
-      constexpr int kBlocks = backward_blocks<T, kFused, L::kCommon>();
+      constexpr int kBlocks = backward_blocks<T, L::kLanes, L::kExact, kFused, L::kCommon>();
       params.order = make_order(problem, call, L::kLanes, kBlocks);
       launch(backward_kernel<T, L::kVec, L::kLanes, L::kExact, kFused, L::kCommon>,
              block_count(params.order, kBlocks), kThreadsPerBlock, call.stream, params);

@@ -45,9 +45,11 @@ struct Lane {
         lane(int(threadIdx.x) % kLanes),
         part(sub_warp & (split - 1)) {}
 
-  // The slot of sample i of a round of this sub-warp: neighbouring ones belong to different
-  // sub-warps, which read them at once and so from different banks.
-  MSDA_DEVICE int slot(int i) const { return i * kSubWarps + sub_warp; }
+  // The slot of sample i of a round of this sub-warp, or of another.
+  MSDA_DEVICE int slot(int i) const { return slot(sub_warp, i); }
+  static MSDA_DEVICE int slot(int sub_warp, int i) {
+    return slot_of_lane(sub_warp * kLanes) + slot_of_lane(i);
+  }
 
   int warp;      // of the block
   int sub_warp;  // of the warp

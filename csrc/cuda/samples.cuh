@@ -316,7 +316,8 @@ MSDA_DEVICE CornerWeights<Real> weights_of(const Sample<Real>& sample) {
 
 struct alignas(16) Place {
   int32_t key;
-  uint32_t width_and_corners;  // width << 4 | corners
+  uint32_t width_and_corners;       // width << 4 | corners
+  static constexpr int kBytes = 8;  // that are moved
 
   MSDA_DEVICE uint32_t width() const { return width_and_corners >> kNumCorners; }
   MSDA_DEVICE bool reads(Corner c) const { return width_and_corners >> c & 1; }
@@ -324,15 +325,22 @@ struct alignas(16) Place {
 
 constexpr int32_t kMaxWidth = (1 << (32 - kNumCorners)) - 1;
 
+// Where the sample of a lane lies in the arrays below. Lanes write side by side; what a quarter of
+// a warp (of 16 bytes) or half of it (of 8) reads at once must lie in different banks, of which 8
+// slots take up all: so one stays empty after every 8.
+MSDA_DEVICE constexpr int slot_of_lane(int lane) { return lane + lane / 8; }
+
+constexpr int kSlots = kWarpSize + kWarpSize / 8;
+
 // One sample of each lane of a warp.
 template <class Real>
 struct Round {
-  CornerWeights<Real> weights[kWarpSize];
-  Place places[kWarpSize];
+  CornerWeights<Real> weights[kSlots];
+  Place places[kSlots];
 
   MSDA_DEVICE void put(int slot, const Sample<Real>& sample) {
     count_struct(Access::kStore, weights[slot]);
-    count_struct(Access::kStore, places[slot]);
+    count(Access::kStore, &places[slot], Place::kBytes);
     weights[slot] = weights_of(sample);
     places[slot] = {sample.key, uint32_t(sample.width) << kNumCorners | sample.corners};
   }
@@ -340,7 +348,10 @@ struct Round {
   // A lane is about to read a slot.
   MSDA_DEVICE void count_get(int slot) const {
     count_struct(Access::kLoad, weights[slot]);
-    count_struct(Access::kLoad, places[slot]);
+    count_get_place(slot);
+  }
+  MSDA_DEVICE void count_get_place(int slot) const {
+    count(Access::kLoad, &places[slot], Place::kBytes);
   }
 };
 

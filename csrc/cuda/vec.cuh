@@ -289,49 +289,44 @@ MSDA_DEVICE void store_pair(const Array& array, int64_t i, Pair<Real> pair) {
 
 // ---- atomic additions ---------------------------------------------------------------------------
 
-// p[offset + i] += x[i] for each i where condition is true, each addition atomic by itself; else p
-// may be no address at all. Vectors of four floats go out as one instruction where there is one
-// (compute capability 9.0). PTX, because the compiler does not see that p is in global memory and
-// would test for it.
-template <int kVec, class Real>
-MSDA_DEVICE void atomic_add_if(bool condition, Real* p, int offset, const Real (&x)[kVec]) {
-  [[maybe_unused]] constexpr bool kIsVector = std::is_same_v<Real, float> && kVec % 4 == 0;
+// How many neighbouring numbers, of kVec, one instruction adds: four floats from compute capability
+// 9.0 on, else one. A constant on a GPU.
+template <class Real, int kVec>
+MSDA_DEVICE int reduction_width() {
+  [[maybe_unused]] constexpr int kWidest = std::is_same_v<Real, float> && kVec % 4 == 0 ? 4 : 1;
 #ifndef __CUDACC__
-  if (condition) p += offset;
-  assert(!condition || !kIsVector || reinterpret_cast<uintptr_t>(p) % kMaxVectorBytes == 0);
-  const int width = kIsVector && executor::compute_capability() >= 90 ? 4 : 1;
-  for (int i = 0; i < kVec; i += width) {
-    count(Access::kReduction, condition ? p + i : nullptr, width * int(sizeof(Real)));
-  }
-  if (!condition) return;
+  return executor::compute_capability() >= 90 ? kWidest : 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return kWidest;
 #else
-  if (!condition) return;
-  p += offset;
+  return 1;
 #endif
+}
+
+// One instruction: p[i] += x[i] for each i < width, each addition atomic by itself. PTX, because
+// the compiler does not see that p is in global memory and would test for it.
+template <class Real>
+MSDA_DEVICE void atomic_add(Real* p, const Real* x, int width) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (kIsVector) {
-#pragma unroll
-    for (int i = 0; i < kVec; i += 4) {
-      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p + i), "f"(x[i]),
-                   "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3])
+  if constexpr (std::is_same_v<Real, float>) {
+    if (width == 4) {
+      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]),
+                   "f"(x[2]), "f"(x[3])
                    : "memory");
-    }
-  } else
-#endif
-  {
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-#ifdef __CUDA_ARCH__
-      if constexpr (std::is_same_v<Real, float>) {
-        asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p + i), "f"(x[i]) : "memory");
-      } else {
-        asm volatile("red.global.add.f64 [%0], %1;" ::"l"(p + i), "d"(x[i]) : "memory");
-      }
-#else
-      atomicAdd(p + i, x[i]);
-#endif
+      return;
     }
   }
+#endif
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<Real, float>) {
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(*x) : "memory");
+  } else {
+    asm volatile("red.global.add.f64 [%0], %1;" ::"l"(p), "d"(*x) : "memory");
+  }
+#else
+  assert(reinterpret_cast<uintptr_t>(p) % (width * sizeof(Real)) == 0);
+  for (int i = 0; i < width; ++i) atomicAdd(p + i, x[i]);
+#endif
 }
 
 }  // namespace msda
