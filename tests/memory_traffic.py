@@ -15,8 +15,8 @@ The budget file, tests/memory_traffic.json:
 
     margin   by how much requests and sectors may exceed what is recorded
     samples  about how many samples the workloads of benchmarks/workloads.py are scaled down to
-    full     what must fill its sectors: by pattern of "workload, case", as of a shell, and class, how
-             many sectors there may be for each one that the same bytes would fill
+    full     what must fill its sectors: by class, in the cases whose "workload, case" is like a
+             pattern, as of a shell, how many sectors for each one that the same bytes would fill
     traffic  by workload and case, for each class of access: requests of a warp, sectors, and the
              least sectors that those requests could do with, all for one sample; of shared memory,
              wavefronts in the place of sectors. Corners: pixels read for a sample
@@ -76,7 +76,7 @@ CLASSES = {
     "points and weights": ("points", "weights", "reference", "padding_mask", "level_table"),
     "grad_output": ("grad_output", "output"),
     "outputs": ("output", "grad_points", "grad_weights", "grad_reference", "grad_value"),
-    "scratch": ("cells", "corner_weights", "sorted_cells", "sample_order"),
+    "scratch": ("cells", "corner_weights", "sorted_cells", "sample_order", "cell_starts"),
     "shared memory": ("shared memory",),
 }
 LOADS = ("pixels", "points and weights", "grad_output")

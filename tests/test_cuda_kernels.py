@@ -221,6 +221,47 @@ def test_samples_of_a_query_may_be_split_among_sub_warps(make, head_dim, dtype):
         assert_all_close(inputs, compute_all(inputs, gpu, split=split), expected)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "num_points", "splits"),
+    [
+        # In float32 a round moves twice as much as in 16 bits, so that fewer warps are enough, and
+        # has 8 samples of a query and head, in 16 bits 4: no part is without a round.
+        (torch.float32, 8, {4: 1, 32: 2, 132: 2}),
+        (torch.float32, 4, {4: 1, 32: 1, 132: 1}),
+        (torch.float16, 8, {4: 1, 8: 2, 16: 4, 132: 4}),
+        (torch.float16, 6, {4: 1, 8: 2, 16: 2, 132: 2}),
+    ],
+    ids=str,
+)
+def test_samples_are_split_until_there_are_warps_enough(dtype, num_points, splits):
+    sizes = dict(num_queries=64, num_heads=8, num_points=num_points, dtype=dtype)
+    inputs = make_inputs(SHAPES[:2], **sizes)
+    unsplit = 64 * 8 * 32 * dtype.itemsize // 16 // 128  # lanes of 16 bytes, blocks of 128
+    for multiprocessors, split in splits.items():
+        gpu = executor.make_device(num_multiprocessors=multiprocessors)
+        executor.forward(inputs, gpu)
+        assert gpu.num_blocks == split * unsplit, multiprocessors
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_warps_beyond_the_map_do_nothing(direction):
+    # Tiles of 8 x 8 pixels over 8 x 9: of the second, one pixel of each row is on the map. Two
+    # warps, with four pixels of one head each, serve a row.
+    inputs = make_inputs([(8, 9)], num_heads=8, num_points=16, locations="local")
+    gpu = executor.make_device(num_multiprocessors=1, counts_memory=True)
+    if direction == "forward":
+        executor.forward(inputs, gpu)
+    else:
+        executor.backward(inputs, random_like_output(inputs), ["value"], gpu)
+    (places,) = (
+        entry
+        for entry in gpu.traffic
+        if (entry["array"], entry["kind"], entry["bytes"]) == ("shared memory", "store", 8)
+    )
+    live_warps, rounds = 8 * (8 * 2 + 8 * 1), 2
+    assert places["requests"] == live_warps * rounds
+
+
 def test_no_block_works_for_two_images():
     # A block has room for many queries, but not for those of the next image: it would read the
     # wrong value.
@@ -462,3 +503,26 @@ def test_problems_too_large_for_the_kernels_are_refused(inputs, message):
         executor.forward(inputs)
     with pytest.raises(RuntimeError, match=message):
         executor.backward(inputs, random_like_output(inputs), ["value"])
+
+
+SORTED = dict(batch=2, queries=3, heads=8, samples=4, shape=(5, 7), shapes_on_device=False)
+
+
+def test_what_is_sorted_for_a_deterministic_gradient():
+    sort_sizes = executor.load().sort_sizes
+    assert sort_sizes(**SORTED) == (2 * 3 * 8 * 4, 2 * 8 * 6 * 8)
+    assert sort_sizes(**SORTED | {"shapes_on_device": True}) == (2 * 3 * 8 * 4, 2 * 8 * 4 * 35)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(queries=2**25), "the points must be fewer than 2.31 .* on CUDA, got 2147483648"),
+        (dict(shape=(2**13 - 1, 2**14 - 1)), "value must have fewer than 2.31 cells .*, got 2147"),
+        (dict(shape=(2**12, 2**13), shapes_on_device=True), "than 2.31 cells .*, got 2147483648"),
+    ],
+    ids=["samples", "cells", "device"],
+)
+def test_problems_too_large_to_sort_are_refused(sizes, message):
+    with pytest.raises(RuntimeError, match=message):
+        executor.load().sort_sizes(**SORTED | sizes)

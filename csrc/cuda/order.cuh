@@ -58,7 +58,7 @@ struct Lane {
 };
 
 // Calls f(head) for each query and head of this thread's sub-warp. All threads of a warp call f
-// together; a head that is not live lies beyond the map.
+// together, and not where none of their heads is live; one that is not live lies beyond the map.
 template <int kLanes, class F>
 MSDA_DEVICE void for_each_head(const Order& order, const Sampling& sampling, const F& f) {
   const uint32_t heads_per_pass = kWarpsPerBlock * Lane<kLanes>::kSubWarps / order.split;
@@ -92,8 +92,9 @@ MSDA_DEVICE void for_each_head(const Order& order, const Sampling& sampling, con
       const int x =
           (tile_x << order.log2_tile_width) + int(pixel & ((1u << order.log2_tile_width) - 1));
       const int y = (tile_y << order.log2_tile_height) + int(pixel >> order.log2_tile_width);
-      f(Head{sampling, int(b), map.first_query + y * map.width + x, m,
-             x < map.width && y < map.height});
+      const bool is_live = x < map.width && y < map.height;
+      if (!__any_sync(kAllLanes, is_live)) continue;
+      f(Head{sampling, int(b), map.first_query + y * map.width + x, m, is_live});
     }
   }
 }

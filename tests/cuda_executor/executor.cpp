@@ -245,10 +245,10 @@ class Fiber {
 
 enum class State { kReady, kWaiting, kExited };
 
-enum class Kind { kSyncThreads, kSyncWarp, kShuffle, kShuffleXor };
+enum class Kind { kSyncThreads, kSyncWarp, kShuffle, kShuffleXor, kAny };
 
 constexpr const char* kKindNames[] = {"__syncthreads", "__syncwarp", "__shfl_sync",
-                                      "__shfl_xor_sync"};
+                                      "__shfl_xor_sync", "__any_sync"};
 
 // What a thread waits for: the lanes of its warp that mask names; for __syncthreads, all threads.
 struct Meeting {
@@ -256,7 +256,8 @@ struct Meeting {
   Place place;
   unsigned mask;
 
-  bool is_shuffle() const { return kind == Kind::kShuffle || kind == Kind::kShuffleXor; }
+  // Whether lanes hand each other something: then none that is named may have exited.
+  bool is_exchange() const { return kind != Kind::kSyncThreads && kind != Kind::kSyncWarp; }
   bool is_same(const Meeting& other) const {
     return kind == other.kind && mask == other.mask && place.line == other.place.line &&
            std::strcmp(place.file, other.place.file) == 0;
@@ -353,7 +354,7 @@ class Launch {
 
   void run_block();
   void resume(unsigned i);
-  void check_shuffle(unsigned i) const;
+  void check_exchange(unsigned i) const;
   void count_memory(unsigned first);
   const std::string& name_of(uintptr_t address) const;
   bool meet_in_block(const Meeting& meeting);
@@ -432,7 +433,7 @@ void Launch::resume(unsigned i) {
     if (thread(j).state != State::kWaiting) continue;
     const Meeting meeting = thread(j).meeting;
     if (meeting.kind == Kind::kSyncWarp) meet_in_warp(first, meeting);
-    if (meeting.is_shuffle()) check_shuffle(j);
+    if (meeting.is_exchange()) check_exchange(j);
   }
 }
 
@@ -451,7 +452,7 @@ uint64_t Launch::meet(const Meeting& meeting, uint64_t brought, int source) {
       fail("block ", describe(blockIdx), ", thread ", self, ": ", describe(meeting),
            " does not name the lane that calls it, ", self % kWarpSize);
     }
-    if (meeting.is_shuffle()) check_shuffle(self);
+    if (meeting.is_exchange()) check_exchange(self);
     complete = meet_in_warp(first_of_warp(self), meeting);
   }
   // The last one to come goes on at once, as it would if the others had been faster.
@@ -459,7 +460,7 @@ uint64_t Launch::meet(const Meeting& meeting, uint64_t brought, int source) {
   return me.taken;
 }
 
-void Launch::check_shuffle(unsigned i) const {
+void Launch::check_exchange(unsigned i) const {
   const Meeting& meeting = thread(i).meeting;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if ((meeting.mask & lane_bit(lane)) && exited(first_of_warp(i) + lane)) {
@@ -490,10 +491,18 @@ bool Launch::meet_in_warp(unsigned first, const Meeting& meeting) {
     const Thread& other = thread(first + lane);
     if (other.state != State::kWaiting || !other.meeting.is_same(meeting)) return false;
   }
+  uint64_t any = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if ((meeting.mask & lane_bit(lane)) && !exited(first + lane)) {
+      any |= thread(first + lane).brought;
+    }
+  }
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (!(meeting.mask & lane_bit(lane)) || exited(first + lane)) continue;
     Thread& other = thread(first + lane);
-    if (meeting.is_shuffle()) other.taken = thread(first + other.source).brought;
+    if (meeting.is_exchange()) {
+      other.taken = meeting.kind == Kind::kAny ? any : thread(first + other.source).brought;
+    }
     other.state = State::kReady;
   }
   // Lanes that are not named may be in the middle of what they do.
@@ -644,6 +653,10 @@ __attribute__((noinline)) void count(int kind, const void* address, size_t bytes
 }
 
 int compute_capability() { return device().compute_capability; }
+
+bool any(unsigned mask, bool predicate, const Place& place) {
+  return meet({Kind::kAny, place, mask}, predicate, lane_of_thread()) != 0;
+}
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                    const std::function<void()>& kernel) {

@@ -405,20 +405,23 @@ NamedArrays gather(Device& device, const NamedArrays& arrays,
   Call call(arrays, spatial_shapes, num_points, options);
   const msda::Problem& problem = call.problem;
   const DType sum_type = call.sum_type();
-  const int64_t count =
-      problem.batch * problem.num_queries * problem.num_heads * problem.num_samples;
-  Buffer& cells = call.allocate("cells", count * sizeof(int64_t));
-  Buffer& sorted_cells = call.allocate("sorted_cells", count * sizeof(int64_t));
+  const msda::SortSizes sizes = msda::sort_sizes(problem, call.cuda_call);
+  const int64_t count = sizes.num_samples;
+  Buffer& cells = call.allocate("cells", count * sizeof(int32_t));
+  Buffer& sorted_cells = call.allocate("sorted_cells", count * sizeof(int32_t));
+  Buffer& cell_starts = call.allocate("cell_starts", (sizes.num_cells + 1) * sizeof(int32_t));
   Buffer& sample_order = call.allocate("sample_order", count * sizeof(int64_t));
   Buffer& weights = call.allocate("corner_weights", count * 4 * msda::element_size(sum_type));
   msda::SortedSamples samples;
-  samples.cells = static_cast<int64_t*>(cells.data());
+  samples.cells = static_cast<int32_t*>(cells.data());
   samples.weights = weights.data();
-  samples.sorted_cells = static_cast<const int64_t*>(sorted_cells.data());
+  samples.sorted_cells = static_cast<const int32_t*>(sorted_cells.data());
+  samples.cell_starts = static_cast<int32_t*>(cell_starts.data());
   samples.sample_order = static_cast<const int64_t*>(sample_order.data());
   msda::sample_cells_cuda(problem, samples, call.cuda_call);
 
-  std::vector<int64_t> numbers(count), order(count);
+  std::vector<int32_t> numbers(count);
+  std::vector<int64_t> order(count);
   cells.read(numbers.data());
   std::iota(order.begin(), order.end(), int64_t(0));
   std::stable_sort(order.begin(), order.end(),
@@ -431,6 +434,25 @@ NamedArrays gather(Device& device, const NamedArrays& arrays,
   const msda::Array grad_value = call.output("grad_value", call.shape_of("value"), sum_type);
   msda::gather_cuda(problem, inputs, grad_value, samples, call.cuda_call);
   return call.results();
+}
+
+// (samples, cells) that a deterministic gradient of value sorts.
+std::pair<int64_t, int64_t> sort_sizes(int64_t batch, int64_t queries, int64_t heads,
+                                       int64_t samples, std::array<int64_t, 2> shape,
+                                       bool shapes_on_device) {
+  const msda::Level level{shape[0], shape[1], 0, samples};
+  msda::Problem problem{};
+  problem.batch = batch;
+  problem.num_keys = shape[0] * shape[1];
+  problem.num_queries = queries;
+  problem.num_heads = heads;
+  problem.num_levels = 1;
+  problem.num_samples = samples;
+  problem.levels = &level;
+  msda::CudaCall call{};
+  call.shapes_on_device = shapes_on_device;
+  const msda::SortSizes sizes = msda::sort_sizes(problem, call);
+  return {sizes.num_samples, sizes.num_cells};
 }
 
 void bind_kernels(py::module_ m) {
@@ -446,6 +468,8 @@ void bind_kernels(py::module_ m) {
   m.def("forward", &forward, "device"_a, "arrays"_a, "spatial_shapes"_a, "num_points"_a,
         "options"_a);
   m.def("gather", &gather, "device"_a, "arrays"_a, "spatial_shapes"_a, "num_points"_a, "options"_a);
+  m.def("sort_sizes", &sort_sizes, py::kw_only(), "batch"_a, "queries"_a, "heads"_a, "samples"_a,
+        "shape"_a, "shapes_on_device"_a);
   m.def("backward", &backward, "device"_a, "arrays"_a, "spatial_shapes"_a, "num_points"_a,
         "wanted"_a, "options"_a);
 }
