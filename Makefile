@@ -9,6 +9,7 @@
 #   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
 #   make lint        check format, style and types
 #   make machine-code  compile the CUDA kernels for sm_90 and hold the machine code against the budget
+#   make memory-traffic  count what the CUDA kernels ask of memory, on the CPU, and hold it against its budget
 #   make abi         install the wheel under other versions of torch and try it there (downloads gigabytes)
 #   make clean       remove what the others made
 #
@@ -46,7 +47,8 @@ export MSDA_BUILD_DIR := build/cmake
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 FOR_ARCHITECTURES := TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
-.PHONY: demo quickstart test bench convergence bench-check gpu lint machine-code abi clean
+.PHONY: demo quickstart test bench convergence bench-check gpu lint machine-code memory-traffic abi \
+  clean executor
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
@@ -55,10 +57,13 @@ demo: build/installed.stamp
 quickstart: build/installed.stamp
 	$(RUN) examples/quickstart.py
 
-test: build/installed.stamp
+# The CUDA kernels on the CPU, for the tests.
+executor: build/installed.stamp
 	$(FOR_ARCHITECTURES) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON \
 	  -DPython3_EXECUTABLE=$$($(RUN) -c "import sys; print(sys.executable)")
 	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor
+
+test: executor
 	set -e; workers=$$($(RUN) -c "$(SIDE_BY_SIDE)"); \
 	OMP_NUM_THREADS=1 $(RUN) -m pytest $$workers tests; \
 	for capability in $$($(RUN) -c "$(OTHER_CAPABILITIES)"); do \
@@ -95,6 +100,9 @@ lint: $(REQUIREMENTS)
 
 machine-code: $(REQUIREMENTS)
 	$(RUN) tests/machine_code.py check --arch sm_90
+
+memory-traffic: executor
+	$(RUN) tests/memory_traffic.py check
 
 abi: $(REQUIREMENTS)
 	$(RUN) tests/abi.py $(ABI_TORCH)

@@ -668,6 +668,19 @@ def paper_table() -> str:
     return "\n\n".join(parts) or NO_PAPER_FIGURE
 
 
+def traffic_table() -> str:
+    """What the CUDA kernels ask of memory, from the budget that the tests hold them to."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from memory_traffic import BUDGET, markdown_table
+
+    traffic = json.loads(BUDGET.read_text())["traffic"]
+    shown = {
+        name: {case: counts for case, counts in traffic[name].items() if "fused" not in case}
+        for name in ("encoder-2", "decoder-300", "rf-detr")
+    }
+    return markdown_table(shown)
+
+
 # What stands on which page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
@@ -687,6 +700,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "cpu": cpu_table,
         "paper": paper_table,
     },
+    "docs/cuda.md": {"traffic": traffic_table},
 }
 
 

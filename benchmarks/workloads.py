@@ -39,6 +39,24 @@ class Workload:
             sizes["batch"] = 2
         return replace(self, spatial_shapes=shapes, sizes=sizes)
 
+    def scaled(self, samples: int) -> Workload:
+        """The same form with about so many samples, of one image: maps and queries both fewer, so
+        that as many samples share a pixel.
+        """
+        sizes = self.sizes | {"batch": 1}
+        points = sizes.get("num_points", 4)
+        of_query = points * len(self.spatial_shapes) if isinstance(points, int) else sum(points)
+        of_query *= sizes.get("num_heads", 8)
+        queries = sizes.get("num_queries") or sum(h * w for h, w in self.spatial_shapes)
+        share = min(1.0, samples / (queries * of_query))
+        shapes = [
+            (max(1, round(h * share**0.5)), max(1, round(w * share**0.5)))
+            for h, w in self.spatial_shapes
+        ]
+        if "num_queries" in sizes:
+            sizes["num_queries"] = max(1, round(queries * share))
+        return replace(self, spatial_shapes=shapes, sizes=sizes)
+
 
 # Pyramids of other sizes than the paper's.
 MASK2FORMER_SHAPES = [(128, 128), (64, 64), (32, 32)]

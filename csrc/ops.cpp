@@ -472,18 +472,19 @@ void run_backward_cuda(const Problem& problem, const BackwardInputs& inputs,
   if (gathers) outputs.grad_value = {};
   backward_cuda(problem, inputs, outputs, call);
   if (!gathers) return;
-  const int64_t num_samples =
-      problem.batch * problem.num_queries * problem.num_heads * problem.num_samples;
+  const SortSizes sizes = sort_sizes(problem, call);
   const char* const name = "the scratch space of a deterministic backward";
-  const Tensor cells = new_empty(name, value, {num_samples}, ScalarType::Long);
-  const Tensor weights = new_empty(name, value, {num_samples, 4}, sum_type(value));
+  const Tensor cells = new_empty(name, value, {sizes.num_samples}, ScalarType::Int);
+  const Tensor weights = new_empty(name, value, {sizes.num_samples, 4}, sum_type(value));
   SortedSamples samples;
-  samples.cells = cells.mutable_data_ptr<int64_t>();
+  samples.cells = cells.mutable_data_ptr<int32_t>();
   samples.weights = weights.mutable_data_ptr();
   sample_cells_cuda(problem, samples, call);
   const auto [sorted_cells, sample_order] = sort(cells);
-  samples.sorted_cells = sorted_cells.const_data_ptr<int64_t>();
+  const Tensor starts = new_empty(name, value, {sizes.num_cells + 1}, ScalarType::Int);
+  samples.sorted_cells = sorted_cells.const_data_ptr<int32_t>();
   samples.sample_order = sample_order.const_data_ptr<int64_t>();
+  samples.cell_starts = starts.mutable_data_ptr<int32_t>();
   gather_cuda(problem, inputs, grad_value, samples, call);
 }
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import sysconfig
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -19,6 +20,9 @@ BUILD = Path(os.environ.get("MSDA_BUILD_DIR") or ROOT / "build" / "cmake").resol
 VARIANT = os.environ.get("MSDA_CUDA_EXECUTOR_VARIANT", "plain")
 
 ORDERS = ["forward", "reverse", "random"]
+
+# Before and from the compute capability on that adds four numbers in one instruction.
+CAPABILITIES = [75, 90]
 
 
 # ---- the module ----------------------------------------------------------------------------------
@@ -153,13 +157,13 @@ def gather(inputs, grad_output, device=None, **options):
 class Operator(torch.autograd.Function):
     """The operator with the CUDA kernels in its place."""
 
-    # The order of threads. Tests set it.
-    order = "forward"
+    # What make_device() takes. Tests set it.
+    gpu: ClassVar[dict] = {}
 
     @staticmethod
     def forward(ctx, make_inputs, options, *tensors):
         ctx.inputs, ctx.options = make_inputs(*tensors), options
-        ctx.output = forward(ctx.inputs, make_device(order=Operator.order), **options)
+        ctx.output = forward(ctx.inputs, make_device(**Operator.gpu), **options)
         return ctx.output
 
     @staticmethod
@@ -167,7 +171,7 @@ class Operator(torch.autograd.Function):
         tensors = [name for name in NAMES[type(ctx.inputs)] if name != "padding_mask"]
         needed = zip(tensors, ctx.needs_input_grad[2:], strict=True)
         names = [name for name, needs_gradient in needed if needs_gradient]
-        gpu = make_device(order=Operator.order)
+        gpu = make_device(**Operator.gpu)
         gradients = backward(ctx.inputs, grad_output, names, gpu, ctx.output, **ctx.options)
         if "value" in names:
             summed = gradients["value"]

@@ -176,6 +176,109 @@ def test_work_on_another_stream_is_refused(make_device, self_test):
         self_test.launch_on_another_stream(make_device())
 
 
+# ---- what warps ask of memory --------------------------------------------------------------------
+
+STANDS_BY, GOES_ANOTHER_WAY = -1, -2
+
+
+@pytest.fixture
+def count(make_device, self_test):
+    def count(*accesses, bytes=4, shared=False, barriers=False, order="forward"):
+        device = make_device(counts_memory=True, order=order)
+        rows = [[access(lane) for lane in range(32)] for access in accesses]
+        self_test.count_accesses(device, rows, bytes, shared, barriers)
+        (entry,) = device.traffic
+        assert entry["array"] == ("shared memory" if shared else "array")
+        assert (entry["kind"], entry["bytes"]) == ("load", bytes)
+        return tuple(entry[name] for name in ("requests", "lanes", "sectors", "least_sectors"))
+
+    return count
+
+
+@every_order
+@pytest.mark.parametrize(
+    ("bytes", "place", "sectors", "least"),
+    [
+        (4, lambda lane: 4 * lane, 4, 4),
+        (4, lambda lane: 4 * (31 - lane), 4, 4),
+        (4, lambda lane: 4 * lane + 4, 5, 4),
+        (4, lambda lane: 16 * lane, 16, 4),
+        (4, lambda lane: 32 * lane, 32, 4),
+        (4, lambda lane: 0, 1, 1),
+        (2, lambda lane: 2 * lane, 2, 2),
+        (16, lambda lane: 16 * lane, 16, 16),
+        (16, lambda lane: 16 * lane + 8, 17, 16),
+        (8, lambda lane: 128 * (lane // 4) + 8 * (lane % 4), 8, 8),
+    ],
+)
+def test_sectors_of_an_access_of_a_warp(count, order, bytes, place, sectors, least):
+    assert count(place, bytes=bytes, order=order) == (1, 32, sectors, least)
+
+
+@every_order
+@pytest.mark.parametrize(
+    ("bytes", "place", "wavefronts", "least"),
+    [
+        (4, lambda lane: 4 * lane, 1, 1),
+        (4, lambda lane: 8 * lane, 2, 1),
+        (4, lambda lane: 128 * lane, 32, 1),
+        (4, lambda lane: 0, 1, 1),
+        (8, lambda lane: 8 * lane, 2, 2),
+        (8, lambda lane: 16 * lane, 4, 2),
+        (16, lambda lane: 16 * lane, 4, 4),
+        (16, lambda lane: 64 * lane, 16, 4),
+        (16, lambda lane: 0, 4, 4),
+    ],
+)
+def test_wavefronts_of_an_access_to_shared_memory(count, order, bytes, place, wavefronts, least):
+    assert count(place, bytes=bytes, shared=True, order=order) == (1, 32, wavefronts, least)
+
+
+@every_order
+@pytest.mark.parametrize("barriers", [False, True])
+def test_lanes_that_stand_by_keep_their_turn(count, order, barriers):
+    # Even lanes stand by, then all lanes access the next sectors, then odd lanes stand by.
+    accesses = (
+        lambda lane: 4 * lane if lane % 2 else STANDS_BY,
+        lambda lane: 1024 + 4 * lane,
+        lambda lane: STANDS_BY if lane % 2 else 2048 + 4 * lane,
+        lambda lane: STANDS_BY,
+    )
+    got = count(*accesses, order=order, barriers=barriers)
+    assert got == (3, 16 + 32 + 16, 4 + 4 + 4, 2 + 4 + 2)
+
+
+@every_order
+def test_lanes_that_go_another_way_are_behind_until_the_next_barrier(count, order):
+    def away(lane):
+        return GOES_ANOTHER_WAY if lane < 16 else 4 * lane
+
+    def together(lane):
+        return 1024 + 4 * lane
+
+    # As lanes that leave a loop early: their next access at this place is one with the others'.
+    assert count(away, together, order=order) == (2, 48, 2 + 2 + 2, 2 + 2 + 2)
+    assert count(away, together, order=order, barriers=True) == (2, 48, 2 + 4, 2 + 4)
+
+
+@every_order
+def test_two_branches_are_two_accesses(make_device, self_test, order):
+    device = make_device(counts_memory=True, order=order)
+    self_test.count_in_two_branches(device)
+    by_kind = {entry["kind"]: entry for entry in device.traffic}
+    stores, reductions = by_kind["store"], by_kind["reduction"]
+    # Of two warps.
+    assert (stores["requests"], stores["lanes"], stores["sectors"]) == (4, 64, 16)
+    assert (reductions["requests"], reductions["lanes"], reductions["lines"]) == (2, 64, 2)
+
+
+def test_an_access_to_memory_that_is_no_array_is_an_error(make_device, self_test):
+    device = make_device(counts_memory=True)
+    with pytest.raises(RuntimeError, match="counts an access to memory that is no array"):
+        self_test.count_accesses(device, [[1 << 30] * 32], 4, False, False)
+    assert self_test.atomic_sums(make_device()) == [192, 3 * sum(range(64))]
+
+
 # ---- sanitizers ----------------------------------------------------------------------------------
 
 

@@ -86,8 +86,10 @@ def kernels_in_place_of_the_operator(monkeypatch, request):
     executor.load()
     for inputs, function in executor.OPERATOR.items():
         monkeypatch.setitem(conftest.OPERATOR, inputs, function)
-    order = executor.ORDERS[zlib.crc32(request.node.name.encode()) % len(executor.ORDERS)]
-    monkeypatch.setattr(executor.Operator, "order", order)
+    gpus = list(itertools.product(executor.ORDERS, executor.CAPABILITIES))
+    order, capability = gpus[zlib.crc32(request.node.name.encode()) % len(gpus)]
+    gpu = dict(order=order, compute_capability=capability)
+    monkeypatch.setattr(executor.Operator, "gpu", gpu)
 
 
 @pytest.fixture
@@ -143,15 +145,21 @@ def assert_all_same_bits(actual, expected):
 
 @every_dtype
 @some_forms
+@pytest.mark.parametrize("capability", executor.CAPABILITIES, ids="sm_{}".format)
 @pytest.mark.parametrize(
     ("heads", "head_dim"),
     [(16, 16), (8, 32), (4, 64), (3, 16), (3, 32), (3, 64), (2, 48), (1, 72), (1, 256)],
     ids=str,
 )
-def test_every_layout_of_lanes_matches_reference_in_every_order(make, heads, head_dim, dtype):
+def test_every_layout_of_lanes_matches_reference_in_every_order(
+    make, heads, head_dim, capability, dtype
+):
     sizes = dict(batch=2, num_queries=5, num_heads=heads, head_dim=head_dim, num_points=3)
     inputs = off_edges(make([(4, 6), (3, 2)], **sizes, dtype=dtype))
-    results = [compute_all(inputs, executor.make_device(order=order)) for order in executor.ORDERS]
+    results = [
+        compute_all(inputs, executor.make_device(order=order, compute_capability=capability))
+        for order in executor.ORDERS
+    ]
     expected = compute_all_exactly(inputs)
     for result in results:
         assert_all_close(inputs, result, expected)
@@ -207,9 +215,51 @@ def test_samples_of_a_query_may_be_split_among_sub_warps(make, head_dim, dtype):
     expected = compute_all_exactly(inputs)
     # Two lanes hold 16 channels of 16 bits, and a warp 16 such pairs.
     splits = (1, 2, 4, 16) if head_dim * dtype.itemsize == 32 else (1, 2, 4)
-    for split, order in itertools.product(splits, executor.ORDERS):
-        gpu = executor.make_device(order=order)
+    orders = zip(executor.ORDERS, itertools.cycle(executor.CAPABILITIES), strict=False)
+    for split, (order, capability) in itertools.product(splits, orders):
+        gpu = executor.make_device(order=order, compute_capability=capability)
         assert_all_close(inputs, compute_all(inputs, gpu, split=split), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_points", "splits"),
+    [
+        # In float32 a round moves twice as much as in 16 bits, so that fewer warps are enough, and
+        # has 8 samples of a query and head, in 16 bits 4: no part is without a round.
+        (torch.float32, 8, {4: 1, 32: 2, 132: 2}),
+        (torch.float32, 4, {4: 1, 32: 1, 132: 1}),
+        (torch.float16, 8, {4: 1, 8: 2, 16: 4, 132: 4}),
+        (torch.float16, 6, {4: 1, 8: 2, 16: 2, 132: 2}),
+    ],
+    ids=str,
+)
+def test_samples_are_split_until_there_are_warps_enough(dtype, num_points, splits):
+    sizes = dict(num_queries=64, num_heads=8, num_points=num_points, dtype=dtype)
+    inputs = make_inputs(SHAPES[:2], **sizes)
+    unsplit = 64 * 8 * 32 * dtype.itemsize // 16 // 128  # lanes of 16 bytes, blocks of 128
+    for multiprocessors, split in splits.items():
+        gpu = executor.make_device(num_multiprocessors=multiprocessors)
+        executor.forward(inputs, gpu)
+        assert gpu.num_blocks == split * unsplit, multiprocessors
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_warps_beyond_the_map_do_nothing(direction):
+    # Tiles of 8 x 8 pixels over 8 x 9: of the second, one pixel of each row is on the map. Two
+    # warps, with four pixels of one head each, serve a row.
+    inputs = make_inputs([(8, 9)], num_heads=8, num_points=16, locations="local")
+    gpu = executor.make_device(num_multiprocessors=1, counts_memory=True)
+    if direction == "forward":
+        executor.forward(inputs, gpu)
+    else:
+        executor.backward(inputs, random_like_output(inputs), ["value"], gpu)
+    (places,) = (
+        entry
+        for entry in gpu.traffic
+        if (entry["array"], entry["kind"], entry["bytes"]) == ("shared memory", "store", 8)
+    )
+    live_warps, rounds = 8 * (8 * 2 + 8 * 1), 2
+    assert places["requests"] == live_warps * rounds
 
 
 def test_no_block_works_for_two_images():
@@ -353,18 +403,22 @@ def test_offsets_into_the_padding_mask_have_64_bits():
 @some_forms
 def test_sanitized_kernels_stay_within_their_arrays(make, dtype):
     # The next test runs this one under sanitizers.
-    def run(order, misaligned=(), device_shapes="", **sizes):
+    def run(order, misaligned=(), device_shapes="", capability=75, **sizes):
         inputs = make(SHAPES, batch=2, num_queries=7, **sizes, dtype=dtype)
         points = inputs.tensors()[-2]
         points.view(-1)[:6] = torch.tensor([math.nan, 0, math.inf, 1e30, -1e30, 2.0**31])
         options = dict(misaligned=set(misaligned), device_shapes=device_shapes)
-        results = compute_all(inputs, executor.make_device(order=order), **options)
+        gpu = executor.make_device(order=order, compute_capability=capability)
+        results = compute_all(inputs, gpu, **options)
         for name, tensor in results.items():
             assert tensor.isfinite().all(), name
 
     run("forward", num_heads=8, head_dim=32, num_points=3)
+    run("reverse", num_heads=16, head_dim=16, num_points=3)
+    run("reverse", num_heads=8, head_dim=32, num_points=3, capability=90)
     run("reverse", num_heads=2, head_dim=19, num_points=1)
     run("random", num_heads=1, head_dim=72, num_points=2, device_shapes="int64")
+    run("random", num_heads=1, head_dim=72, num_points=2, capability=90)
     for array in ("value", "output", "grad_output", "grad_value"):
         run("forward", num_heads=3, head_dim=16, num_points=[2, 0, 5], misaligned=[array])
 
@@ -449,3 +503,26 @@ def test_problems_too_large_for_the_kernels_are_refused(inputs, message):
         executor.forward(inputs)
     with pytest.raises(RuntimeError, match=message):
         executor.backward(inputs, random_like_output(inputs), ["value"])
+
+
+SORTED = dict(batch=2, queries=3, heads=8, samples=4, shape=(5, 7), shapes_on_device=False)
+
+
+def test_what_is_sorted_for_a_deterministic_gradient():
+    sort_sizes = executor.load().sort_sizes
+    assert sort_sizes(**SORTED) == (2 * 3 * 8 * 4, 2 * 8 * 6 * 8)
+    assert sort_sizes(**SORTED | {"shapes_on_device": True}) == (2 * 3 * 8 * 4, 2 * 8 * 4 * 35)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (dict(queries=2**25), "the points must be fewer than 2.31 .* on CUDA, got 2147483648"),
+        (dict(shape=(2**13 - 1, 2**14 - 1)), "value must have fewer than 2.31 cells .*, got 2147"),
+        (dict(shape=(2**12, 2**13), shapes_on_device=True), "than 2.31 cells .*, got 2147483648"),
+    ],
+    ids=["samples", "cells", "device"],
+)
+def test_problems_too_large_to_sort_are_refused(sizes, message):
+    with pytest.raises(RuntimeError, match=message):
+        executor.load().sort_sizes(**SORTED | sizes)

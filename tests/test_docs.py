@@ -13,7 +13,7 @@ PAGES = [
     ROOT / "examples" / "deformable_detr" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-WITHOUT_CODE = [ROOT / "docs" / "benchmarks.md"]
+WITHOUT_CODE = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "cuda.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 

@@ -27,8 +27,9 @@ void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
     using L = decltype(layout);
     const auto run = [&](auto is_fused) {
       constexpr bool kFused = decltype(is_fused)::value;
-      constexpr int kBlocks = backward_blocks<T, kFused, L::kCommon>();
-      params.order = make_order(problem, call, L::kLanes, kBlocks);
+      constexpr int kBlocks = backward_blocks<T, L::kLanes, L::kExact, kFused, L::kCommon>();
+      const int64_t corner_bytes = problem.head_dim * (sizeof(T) + sizeof(acc_t<T>));
+      params.order = make_order(problem, call, L::kLanes, kBlocks, corner_bytes);
       launch(backward_kernel<T, L::kVec, L::kLanes, L::kExact, kFused, L::kCommon>,
              block_count(params.order, kBlocks), kThreadsPerBlock, call.stream, params);
     };

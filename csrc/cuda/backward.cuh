@@ -65,19 +65,10 @@ MSDA_DEVICE void add_product(const acc_t<T> (&g)[kVec], const Packed<T, kVec>& v
   for (int i = 0; i < kVec; ++i) sum += g[i] * element(v, i);
 }
 
-// p[offset...] += w * g. Where condition is false p may be no address at all.
-template <class Real, int kVec>
-MSDA_DEVICE void add_scaled_if(bool condition, Real* p, int offset, Real w, const Real (&g)[kVec]) {
-  Real scaled[kVec];
-#pragma unroll
-  for (int i = 0; i < kVec; ++i) scaled[i] = w * g[i];
-  if (condition) atomic_add(p + offset, scaled);
-}
-
 template <bool kCommon, class Real>
 MSDA_DEVICE void write_weight_gradient(const BackwardParams& params, int64_t i, Real grad) {
   if constexpr (kCommon) {
-    static_cast<Real*>(params.grad_weights.data)[i] = grad;
+    store(static_cast<Real*>(params.grad_weights.data) + i, grad);
   } else {
     store_number(params.grad_weights, i, grad);
   }
@@ -119,18 +110,160 @@ MSDA_DEVICE void write_gradients(const BackwardParams& params, int64_t i,
   }
 }
 
+// ---- additions to the gradient of value ---------------------------------------------------------
+
+// NOTE [full sectors]
+// Memory adds in sectors of 32 bytes, however little of one an instruction adds to. If each lane
+// added to the channels whose pixels it reads, which are neighbours, an instruction would add to
+// one or two words of each sector. So the lanes of a sub-warp add side by side: each instruction
+// adds to one run of channels, width of them to a lane (what one lane adds in one instruction), and
+// a lane has a second copy of grad_output, its channels in every run. Where a sub-warp's run is
+// shorter than a sector, neighbouring sub-warps are a team, whose lanes all add for one member,
+// then for the next.
+template <class T, int kVec, int kLanes, bool kExact, bool kCommon>
+class ValueGradient {
+ public:
+  using Real = acc_t<T>;
+
+  // Loads nothing where nothing is wanted. All lanes of a warp call this together.
+  MSDA_DEVICE ValueGradient(const BackwardParams& params, const Head& head,
+                            const Lane<kLanes>& self, int head_dim, int channels)
+      : wanted_(params.grad_value.is_wanted ? 0xf : 0), head_dim_(head_dim), channels_(channels) {
+    first_sub_warp_ = self.sub_warp / members() * members();
+    first_channel_ = int(threadIdx.x) % team() * width();
+#pragma unroll
+    for (int member = 0; member < members(); ++member) {
+      int index = head.is_live ? int(head.index()) : -1, m = head.m;
+      if (members() > 1) {
+        const int lane = (first_sub_warp_ + member) * kLanes;
+        index = __shfl_sync(kAllLanes, index, lane);
+        m = __shfl_sync(kAllLanes, m, lane);
+      }
+      const int64_t channel = int64_t(head.b) * params.sampling.num_keys * channels + m * head_dim;
+      // As a number: where it is not wanted there is no such address.
+      grad_value_[member] =
+          reinterpret_cast<Real*>(reinterpret_cast<intptr_t>(params.grad_value.data) +
+                                  (channel + first_channel_) * int(sizeof(Real)));
+      has_grad_output_[member] = index >= 0 && wanted_ != 0;
+      grad_output_[member] =
+          static_cast<const T*>(params.grad_output) + int64_t(index) * head_dim + first_channel_;
+    }
+  }
+
+  // Makes ready to add to the channels from chunk on. g: grad_output of the channels whose pixels
+  // this lane reads.
+  MSDA_DEVICE void load_chunk(int chunk, const Real (&g)[kVec]) {
+    rest_ = kExact ? kVec * kLanes : head_dim_ - chunk - first_channel_;
+    if (width() == kVec && members() == 1) {  // the same
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) share_[i] = g[i];
+      return;
+    }
+#pragma unroll
+    for (int member = 0; member < members(); ++member) {
+#pragma unroll
+      for (int i = 0; i < kVec / members(); i += width()) {
+        Real* const x = share_ + member * (kVec / members()) + i;
+        const bool is_there = has_grad_output_[member] && i * team() < rest_;
+        const T* const p = grad_output_[member] + chunk + i * team();
+        if (kVec % 4 == 0 && width() == 4) {
+          load_numbers<kVec % 4 == 0 ? 4 : 1>(is_there, p, x);
+        } else {
+          load_numbers<1>(is_there, p, x);
+        }
+      }
+    }
+  }
+
+  // Where a sample of a member adds, and with which weights.
+  struct Rows {
+    Corners<Real> weights;
+    uint32_t corners;  // to which it adds
+    Real* north;
+    Real* south;
+  };
+
+  // Of sample i of a round.
+  MSDA_DEVICE Rows rows(const Round<Real>& round, int i, int member = 0) const {
+    const int slot = Lane<kLanes>::slot(first_sub_warp_ + member, i);
+    round.count_get(slot);
+    const Place place = round.places[slot];
+    constexpr int kBytes = sizeof(Real);
+    Real* const north = advance<kCommon>(grad_value_[member], place.key, channels_ * kBytes);
+    Real* const south = advance<kCommon>(north, int32_t(place.width()), channels_ * kBytes);
+    return {round.weights[slot].weights, place.width_and_corners & wanted_, north, south};
+  }
+
+  MSDA_DEVICE void add(const Rows& rows, int chunk, int member = 0) const {
+    add_corner(rows.corners & 1u << kNw, rows.north, chunk, rows.weights.nw, member);
+    add_corner(rows.corners & 1u << kNe, rows.north, chunk + channels_, rows.weights.ne, member);
+    add_corner(rows.corners & 1u << kSw, rows.south, chunk, rows.weights.sw, member);
+    add_corner(rows.corners & 1u << kSe, rows.south, chunk + channels_, rows.weights.se, member);
+  }
+
+  // Lanes that add side by side, of so many sub-warps.
+  static MSDA_DEVICE int team() { return members() * kLanes; }
+  static MSDA_DEVICE int members() { return width() == 1 ? kMaxMembers : 1; }
+
+ private:
+  static constexpr int kMaxMembers =
+      kExact && kLanes * sizeof(Real) < kSectorBytes ? kSectorBytes / (kLanes * sizeof(Real)) : 1;
+
+  static MSDA_DEVICE int width() { return reduction_width<Real, kVec>(); }
+
+  template <int kWidth>
+  static MSDA_DEVICE void load_numbers(bool condition, const T* p, Real* x) {
+    Packed<T, kWidth> v = {};
+    if (condition) v = load<Packed<T, kWidth>>(p);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) x[i] = element(v, i);
+  }
+
+  // Where condition is false row may be no address at all.
+  MSDA_DEVICE void add_corner(bool condition, Real* row, int offset, Real weight,
+                              int member) const {
+    const int count = kVec / members();
+    Real scaled[kVec];
+#pragma unroll
+    for (int i = 0; i < count; ++i) scaled[i] = weight * share_[member * count + i];
+#ifndef __CUDACC__
+    for (int i = 0; i < count; i += width()) {
+      const bool adds = condition && i * team() < rest_;
+      msda::count(Access::kReduction, adds ? row + offset + i * team() : nullptr,
+                  width() * int(sizeof(Real)));
+    }
+#endif
+    if (!condition) return;
+#pragma unroll
+    for (int i = 0; i < count; i += width()) {
+      if (i * team() < rest_) atomic_add(row + offset + i * team(), scaled + i, width());
+    }
+  }
+
+  const uint32_t wanted_;  // corners, as of Place
+  const int head_dim_, channels_;
+  int first_sub_warp_;                 // of the team
+  int first_channel_;                  // of this lane, in every run
+  int rest_ = 0;                       // channels of the head from there on
+  Real* grad_value_[kMaxMembers];      // grad_value[b, 0, m, first_channel_]
+  const T* grad_output_[kMaxMembers];  // grad_output[b, q, m, first_channel_]
+  bool has_grad_output_[kMaxMembers];
+  Real share_[kVec] = {};  // of grad_output, one member after the other
+};
+
 // ---- the kernel ---------------------------------------------------------------------------------
 
 // Blocks that a multiprocessor is to hold at once: what the registers are cut to.
-template <class T, bool kFused, bool kCommon>
+template <class T, int kLanes, bool kExact, bool kFused, bool kCommon>
 constexpr int backward_blocks() {
-  if (sizeof(T) == 8) return 3;
-  return kCommon && !kFused ? 5 : 4;
+  if (sizeof(T) == 8 || (sizeof(T) == 2 && !kExact && kFused)) return 3;
+  return kCommon && !kFused && kLanes > 2 ? 5 : 4;
 }
 
 // Template arguments as of forward_kernel.
 template <class T, int kVec, int kLanes, bool kExact, bool kFused, bool kCommon>
-__global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, kCommon>())
+__global__ void __launch_bounds__(kThreadsPerBlock,
+                                  backward_blocks<T, kLanes, kExact, kFused, kCommon>())
     backward_kernel(const __grid_constant__ BackwardParams params) {
   using Real = acc_t<T>;
   using Vector = Packed<T, kVec>;
@@ -144,16 +277,12 @@ __global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, k
   const int num_samples = params.sampling.num_samples;
   const int head_dim = kExact ? kVec * kLanes : params.head_dim;
   const int channels = kCommon ? kCommonChannels : params.sampling.num_heads * head_dim;
-  const uint32_t corners_to_add = params.grad_value.is_wanted ? 0xf : 0;
 
   for_each_head<kLanes>(order, params.sampling, [&](const Head& head) {
-    const int64_t first_channel =  // of value[b, 0, m, :], for this lane
+    const T* const value =  // value[b, 0, m, :], for this lane
+        static_cast<const T*>(params.value) +
         int64_t(head.b) * params.sampling.num_keys * channels + head.m * head_dim +
         self.lane * kVec;
-    const T* const value = static_cast<const T*>(params.value) + first_channel;
-    // As a number: where it is not wanted there is no such address.
-    Real* const grad_value = reinterpret_cast<Real*>(
-        reinterpret_cast<intptr_t>(params.grad_value.data) + first_channel * int(sizeof(Real)));
     const int64_t first_output = int64_t(head.index()) * head_dim + self.lane * kVec;
 
     // grad_output[b, q, m, :] of this lane, where one step covers all channels
@@ -167,7 +296,12 @@ __global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, k
       for (int i = 0; i < kVec; ++i) g[i] = element(v, i);
       return has_channel;
     };
-    if constexpr (kExact) load_g(0);
+    ValueGradient<T, kVec, kLanes, kExact, kCommon> grad_value(params, head, self, head_dim,
+                                                               channels);
+    if constexpr (kExact) {
+      load_g(0);
+      grad_value.load_chunk(0, g);
+    }
 
     Real delta = 0;
     if constexpr (kFused) {
@@ -195,27 +329,29 @@ __global__ void __launch_bounds__(kThreadsPerBlock, backward_blocks<T, kFused, k
       const auto products = [&](int i) {
         Corners<Real> dot = {};
         if (first + (i & ~1) >= num_samples) return dot;
-        const Corners<Real> weights = round.weights[self.slot(i)].weights;
+        if (grad_value.members() > 1) round.count_get_place(self.slot(i));
         const Place place = round.places[self.slot(i)];
-        const uint32_t to_add = place.width_and_corners & corners_to_add;
         const T* const north = advance<kCommon>(value, place.key, channels * int(sizeof(T)));
         const T* const south =
             advance<kCommon>(north, int32_t(place.width()), channels * int(sizeof(T)));
-        Real* const grad_north =
-            advance<kCommon>(grad_value, place.key, channels * int(sizeof(Real)));
-        Real* const grad_south =
-            advance<kCommon>(grad_north, int32_t(place.width()), channels * int(sizeof(Real)));
+        const auto rows = grad_value.rows(round, i);
 #pragma unroll 1
         for (int chunk = 0; chunk < head_dim; chunk += kVec * kLanes) {
-          if (!kExact && !load_g(chunk)) continue;
-          load_if(place.reads(kNw), north + chunk, v.nw);
-          load_if(place.reads(kNe), north + chunk + channels, v.ne);
-          load_if(place.reads(kSw), south + chunk, v.sw);
-          load_if(place.reads(kSe), south + chunk + channels, v.se);
-          add_scaled_if(to_add & 1u << kNw, grad_north, chunk, weights.nw, g);
-          add_scaled_if(to_add & 1u << kNe, grad_north, chunk + channels, weights.ne, g);
-          add_scaled_if(to_add & 1u << kSw, grad_south, chunk, weights.sw, g);
-          add_scaled_if(to_add & 1u << kSe, grad_south, chunk + channels, weights.se, g);
+          bool has_channel = true;
+          if constexpr (!kExact) {
+            has_channel = load_g(chunk);
+            grad_value.load_chunk(chunk, g);
+          }
+          load_if(has_channel && place.reads(kNw), north + chunk, v.nw);
+          load_if(has_channel && place.reads(kNe), north + chunk + channels, v.ne);
+          load_if(has_channel && place.reads(kSw), south + chunk, v.sw);
+          load_if(has_channel && place.reads(kSe), south + chunk + channels, v.se);
+          grad_value.add(rows, chunk);
+#pragma unroll
+          for (int member = 1; member < grad_value.members(); ++member) {
+            grad_value.add(grad_value.rows(round, i, member), chunk, member);
+          }
+          if (!has_channel) continue;
           add_product(g, v.nw, dot.nw);
           add_product(g, v.ne, dot.ne);
           add_product(g, v.sw, dot.sw);
@@ -279,6 +415,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   for (int m = 0; m < sampling.num_heads; ++m) {
     const int64_t first_sample = (query * sampling.num_heads + m) * sampling.num_samples;
     for (int l = first_level; l < last_level; ++l) {
+      count_struct(Access::kLoad, levels[l]);
       const int begin = l == 0 ? 0 : levels[l - 1].samples_end, end = levels[l].samples_end;
       const Real width = Real(levels[l].width), height = Real(levels[l].height);
       const Real half_over_points = Real(levels[l].half_over_points);
@@ -286,6 +423,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
       const Real step_x = width * extent.x * half_over_points;
       const Real step_y = height * extent.y * half_over_points;
       for (int64_t i = first_sample + begin; i < first_sample + end; ++i) {
+        count(Access::kLoad, grad_points + 2 * i, 2 * sizeof(Real));
         const Real x = grad_points[2 * i], y = grad_points[2 * i + 1];
         // A sample that does not count may have offsets or boxes that are NaN or Inf.
         if (x == 0 && y == 0) continue;
@@ -295,6 +433,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
         const Pair<Real> offset = load_pair<Real>(sampling.points, i);
         grad_extent.x += x * (width * half_over_points) * offset.x;
         grad_extent.y += y * (height * half_over_points) * offset.y;
+        count(Access::kStore, grad_points + 2 * i, 2 * sizeof(Real));
         grad_points[2 * i] = x * step_x;
         grad_points[2 * i + 1] = y * step_y;
       }

@@ -19,7 +19,7 @@ void forward_cuda(const Problem& problem, const ForwardOutputs& outputs, const C
     const auto run = [&](auto is_fused) {
       constexpr bool kFused = decltype(is_fused)::value;
       constexpr int kBlocks = forward_blocks<T, L::kLanes, kFused, L::kCommon>();
-      params.order = make_order(problem, call, L::kLanes, kBlocks);
+      params.order = make_order(problem, call, L::kLanes, kBlocks, problem.head_dim * sizeof(T));
       launch(forward_kernel<T, L::kVec, L::kLanes, L::kExact, kFused, L::kCommon>,
              block_count(params.order, kBlocks), kThreadsPerBlock, call.stream, params);
     };

@@ -64,6 +64,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock, forward_blocks<T, kLanes, kF
 #pragma unroll
         for (int i = 0; i < kLanes; ++i) {
           if (i % 2 == 0 && first + i >= num_samples) break;
+          round.count_get(self.slot(i));
           const Corners<Real> weights = round.weights[self.slot(i)].weights;
           const Place place = round.places[self.slot(i)];
           const char* const north = advance<kCommon>(base, place.key, key_stride);

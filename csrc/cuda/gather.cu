@@ -12,12 +12,14 @@ constexpr int kGatherLanes = 8;
 template <class T>
 void sample_cells_cuda(const Problem& problem, const SortedSamples& samples, const CudaCall& call) {
   check_fits(problem);
+  const SortSizes sizes = sort_sizes(problem, call);
   constexpr int kBlocks = 4;
   SampleCellsParams params = {};
   params.sampling = make_sampling(problem, call);
   CudaCall whole = call;
   whole.split = 1;
-  params.order = make_order(problem, whole, kGatherLanes, kBlocks);
+  params.order = make_order(problem, whole, kGatherLanes, kBlocks, sizeof(CornerWeights<acc_t<T>>));
+  params.cells_per_head = int32_t(sizes.cells_per_head);
   params.cells = samples.cells;
   params.weights = samples.weights;
   const auto run = [&](auto is_fused) {
@@ -31,21 +33,32 @@ template <class T>
 void gather_cuda(const Problem& problem, const BackwardInputs& inputs, const Array& grad_value,
                  const SortedSamples& samples, const CudaCall& call) {
   check_fits(problem);
+  const SortSizes sizes = sort_sizes(problem, call);
+  CellStartsParams starts = {};
+  starts.sorted_cells = samples.sorted_cells;
+  starts.starts = samples.cell_starts;
+  starts.num_sorted = int32_t(sizes.num_samples);
+  starts.num_cells = int32_t(sizes.num_cells);
+  find_cell_starts(starts, call.stream);
+
   GatherParams params = {};
   params.sampling = make_sampling(problem, call);
-  params.sorted_cells = samples.sorted_cells;
   params.sample_order = samples.sample_order;
+  params.starts = samples.cell_starts;
   params.weights = samples.weights;
   params.grad_output = inputs.grad_output.data;
   params.grad_value = grad_value.data;
-  params.num_pixels = problem.batch * problem.num_keys * problem.num_heads;
-  params.num_sorted = problem.batch * problem.num_queries * problem.num_heads * problem.num_samples;
+  params.cells_per_head = int32_t(sizes.cells_per_head);
   params.head_dim = int32_t(problem.head_dim);
-  const int64_t blocks = divide_up(params.num_pixels, kThreadsPerBlock / kGatherLanes);
-  check_fits(blocks < int64_t(1) << 31, "value", "hold fewer than 2^35 heads of keys",
-             params.num_pixels);
-  constexpr int kVec = kMaxVectorBytes / sizeof(T);
-  const bool by_vector = problem.head_dim % kVec == 0 && is_aligned(params.grad_output);
+  constexpr int kKeysPerBlock = kThreadsPerBlock / kGatherLanes;
+  params.blocks_per_head = uint32_t(divide_up(problem.num_keys, kKeysPerBlock));
+  const int64_t blocks = problem.batch * problem.num_heads * int64_t(params.blocks_per_head);
+  check_fits(blocks < int64_t(1) << 31, "value", "hold fewer than 2^31 blocks of 16 keys of a head",
+             blocks);
+  // What a lane writes is a vector, which for 16-bit values is wider than what it reads.
+  constexpr int kVec = kMaxVectorBytes / sizeof(acc_t<T>);
+  const bool by_vector = problem.head_dim % kVec == 0 && is_aligned(params.grad_output) &&
+                         is_aligned(params.grad_value);
   launch(by_vector ? gather_kernel<T, kVec, kGatherLanes> : gather_kernel<T, 1, kGatherLanes>,
          unsigned(blocks), kThreadsPerBlock, call.stream, params);
 }

@@ -4,10 +4,11 @@
 //
 //   1. sample_cells_kernel writes, for each sample, its cell and its four corner weights
 //   2. the caller sorts the cells, stably
-//   3. gather_kernel sums: each pixel is written once
+//   3. find_cell_starts finds where each cell begins
+//   4. gather_kernel sums: each pixel is written once
 //
 // Cells of one level form a map of (H + 1) x (W + 1), the first of each row and column lying beyond
-// the edge; those of one image and head are numbered level by level, below kCellsPerKey * S.
+// the edge; those of one image and head are numbered level by level, below cells_per_head.
 
 #pragma once
 
@@ -15,13 +16,12 @@
 
 namespace msda {
 
-constexpr int64_t kCellsPerKey = 4;  // (H + 1) * (W + 1) <= 4 * H * W
-
 // Cells of the levels before this one.
-MSDA_DEVICE int64_t cells_before(const DeviceLevel* levels, int level) {
-  int64_t cells = 0;
+MSDA_DEVICE int32_t cells_before(const DeviceLevel* levels, int level) {
+  int32_t cells = 0;
   for (int l = 0; l < level; ++l) {
-    cells += (levels[l].height + int64_t(1)) * (levels[l].width + 1);
+    count_struct(Access::kLoad, levels[l]);
+    cells += (levels[l].height + 1) * (levels[l].width + 1);
   }
   return cells;
 }
@@ -29,7 +29,8 @@ MSDA_DEVICE int64_t cells_before(const DeviceLevel* levels, int level) {
 struct SampleCellsParams {
   Sampling sampling;
   Order order;
-  int64_t* cells;  // (B, Q, M, K)
+  int32_t cells_per_head;
+  int32_t* cells;  // (B, Q, M, K)
   void* weights;   // (B, Q, M, K) of CornerWeights
 };
 
@@ -40,7 +41,6 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const Sampling& sampling = params.sampling;
   const DeviceLevel* const levels = stage_levels(sampling, staged_levels);
   const Lane<kLanes> self(1);
-  const int64_t cells_per_head = kCellsPerKey * sampling.num_keys;
 
   for_each_head<kLanes>(params.order, sampling, [&](const Head& head) {
     Sampler<Real, kFused, false, kLanes> sampler(sampling, levels, head, self.lane);
@@ -48,98 +48,94 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
     for (int k = self.lane; k < sampling.num_samples; k += kLanes) {
       const Sample<Real> sample = sampler.prepare(k);
       const int64_t i = int64_t(head.index()) * sampling.num_samples + k;
-      int64_t cell = -1;  // counts for no pixel
+      int32_t cell = -1;  // counts for no pixel
       if (sample.corners != 0) {
-        cell = (int64_t(head.b) * sampling.num_heads + head.m) * cells_per_head +
+        cell = (head.b * sampling.num_heads + head.m) * params.cells_per_head +
                cells_before(levels, sample.level) +
-               (sample.y0 + 1) * (levels[sample.level].width + int64_t(1)) + sample.x0 + 1;
+               (sample.y0 + 1) * (levels[sample.level].width + 1) + sample.x0 + 1;
       }
-      params.cells[i] = cell;
-      static_cast<CornerWeights<Real>*>(params.weights)[i] = weights_of(sample);
+      store(params.cells + i, cell);
+      CornerWeights<Real>& weights = static_cast<CornerWeights<Real>*>(params.weights)[i];
+      count_struct(Access::kStore, weights);
+      weights = weights_of(sample);
     }
   });
 }
 
 struct GatherParams {
   Sampling sampling;
-  const int64_t* sorted_cells;  // (N), N = B * Q * M * K
-  const int64_t* sample_order;  // (N): samples in the order of sorted_cells
+  const int64_t* sample_order;  // (N): samples in the order of their cells
+  const int32_t* starts;        // (C + 1)
   const void* weights;          // (B, Q, M, K) of CornerWeights
   const void* grad_output;      // (B, Q, M * D)
   void* grad_value;             // (B, S, M, D) of acc_t
-  int64_t num_pixels;           // B * S * M
-  int64_t num_sorted;           // N
+  uint32_t blocks_per_head;
+  int32_t cells_per_head;
   int32_t head_dim;
 };
 
-// The first place of sorted_cells that holds cell or more.
-MSDA_DEVICE int64_t lower_bound(const GatherParams& params, int64_t cell) {
-  int64_t first = 0, last = params.num_sorted;
-  while (first < last) {
-    const int64_t middle = first + (last - first) / 2;
-    if (params.sorted_cells[middle] < cell) {
-      first = middle + 1;
-    } else {
-      last = middle;
-    }
-  }
-  return first;
-}
-
-// kLanes lanes for each pixel of each head.
+// kLanes lanes for each pixel of each head. Neighbouring pixels, which have cells in common, are
+// next to each other.
 template <class T, int kVec, int kLanes>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     gather_kernel(const __grid_constant__ GatherParams params) {
   using Real = acc_t<T>;
-  using Vector = Packed<T, kVec>;
   __shared__ DeviceLevel staged_levels[kMaxLevels];
   const Sampling& sampling = params.sampling;
   const DeviceLevel* const levels = stage_levels(sampling, staged_levels);
-  const int64_t pixel =  // of B * S * M
-      int64_t(blockIdx.x) * (kThreadsPerBlock / kLanes) + threadIdx.x / kLanes;
-  if (pixel >= params.num_pixels) return;
   const int lane = int(threadIdx.x) % kLanes;
-  const int m = int(pixel % sampling.num_heads);
-  const int64_t row = pixel / sampling.num_heads;  // of B * S
-  const int64_t b = row / sampling.num_keys;
-  const int key = int(row % sampling.num_keys);
-  const bool is_padding = sampling.has_padding_mask && sampling.padding_mask[row] != 0;
+  const int head = int(blockIdx.x / params.blocks_per_head);  // of B * M
+  const int64_t key = int64_t(blockIdx.x % params.blocks_per_head) * (kThreadsPerBlock / kLanes) +
+                      threadIdx.x / kLanes;
+  if (key >= sampling.num_keys) return;
+  const int m = head % sampling.num_heads;
+  const int64_t row = int64_t(head / sampling.num_heads) * sampling.num_keys + key;  // of B * S
+  const bool is_padding =
+      sampling.has_padding_mask && load<uint8_t>(sampling.padding_mask + row) != 0;
 
   int l = 0;
   while (l + 1 < sampling.num_levels && key >= levels[l + 1].start) ++l;
-  const int64_t cells_across = levels[l].width + 1;
-  const int y = (key - levels[l].start) / levels[l].width;
-  const int x = (key - levels[l].start) % levels[l].width;
-  // The cell whose north-west corner the pixel is; it is the south-east one of that before it in
-  // both directions.
-  const int64_t own = (b * sampling.num_heads + m) * kCellsPerKey * sampling.num_keys +
-                      cells_before(levels, l) + (y + 1) * cells_across + x + 1;
-  const CornerWeights<Real>* const weights =
-      static_cast<const CornerWeights<Real>*>(params.weights);
+  count_struct(Access::kLoad, levels[l]);
+  const int cells_across = levels[l].width + 1;
+  const int y = (int(key) - levels[l].start) / levels[l].width;
+  const int x = (int(key) - levels[l].start) % levels[l].width;
+  // The cell whose north-west corner the pixel is. It is the north-east one of the cell before and
+  // the south-east and south-west ones of those two of the row before, so that two runs of the
+  // order hold what it gathers.
+  const int32_t* const own = params.starts + int64_t(head) * params.cells_per_head +
+                             cells_before(levels, l) + (y + 1) * cells_across + x + 1;
+  const int32_t* const above = own - cells_across;
+  const bool has_others = !sampling.nearest;
+  int32_t i = 0, middle = 0, end = 0, next = 0, next_middle = 0, next_end = 0;
+  if (!is_padding) {
+    next_middle = load<int32_t>(own);
+    next_end = load<int32_t>(own + 1);
+    next = has_others ? load<int32_t>(own - 1) : next_middle;
+  }
+  if (!is_padding && has_others) {
+    i = load<int32_t>(above - 1);
+    middle = load<int32_t>(above);
+    end = load<int32_t>(above + 1);
+  }
 
+  const int num_steps = (end - i) + (next_end - next);
+  const int first = i;
   for (int channel = lane * kVec; channel < params.head_dim; channel += kLanes * kVec) {
     Real sum[kVec] = {};
-    const auto add = [&](int64_t cell, Real Corners<Real>::* corner) {
-      const int64_t end = lower_bound(params, cell + 1);
-      for (int64_t i = lower_bound(params, cell); i < end; ++i) {
-        const int64_t sample = params.sample_order[i];
-        const int64_t head = sample / sampling.num_samples;
-        const auto g = load<Vector>(static_cast<const T*>(params.grad_output) +
-                                    head * params.head_dim + channel);
-        multiply_add_if(true, weights[sample].weights.*corner, g, sum);
-      }
-    };
-    if (!is_padding) {
-      add(own, &Corners<Real>::nw);
-      if (!sampling.nearest) {
-        add(own - 1, &Corners<Real>::ne);
-        add(own - cells_across, &Corners<Real>::sw);
-        add(own - cells_across - 1, &Corners<Real>::se);
-      }
+    for (int step = 0; step < num_steps; ++step) {
+      const bool is_above = first + step < end;
+      i = is_above ? first + step : next + (step - (end - first));
+      const int corner = is_above ? (i < middle ? kSe : kSw) : (i < next_middle ? kNe : kNw);
+      const auto sample = load<int64_t>(params.sample_order + i);
+      const auto w = load<Real>(static_cast<const Real*>(params.weights) + 4 * sample + corner);
+      const int64_t query_and_head = uint32_t(sample) / uint32_t(sampling.num_samples);
+      const auto g = load<Packed<T, kVec>>(static_cast<const T*>(params.grad_output) +
+                                           query_and_head * params.head_dim + channel);
+      multiply_add_if(true, w, g, sum);
     }
-    Real* const grad = static_cast<Real*>(params.grad_value) + pixel * params.head_dim + channel;
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) grad[i] = sum[i];
+    Real* const grad = static_cast<Real*>(params.grad_value) +
+                       (row * sampling.num_heads + m) * params.head_dim + channel;
+    store(grad, pack<Real>(sum));
   }
 }
 

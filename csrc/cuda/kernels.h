@@ -24,8 +24,8 @@ struct CudaCall {
   // Scratch memory of level_table_bytes(), 16-byte aligned.
   void* level_table = nullptr;
 
-  // Sub-warps that share the samples of one query and head: 1, 2, 4, ..., or 0 for as many as fill
-  // the GPU. Tests set it.
+  // Sub-warps that share the samples of one query and head: 1, 2, 4, ..., or 0 for as many as a GPU
+  // needs that is not full. Tests set it.
   int split = 0;
 };
 
@@ -50,11 +50,21 @@ void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
 // sample_cells_cuda() writes cells and weights, the caller sorts the cells stably, and
 // gather_cuda() writes every element of grad_value, of the type above.
 struct SortedSamples {
-  int64_t* cells = nullptr;               // (B, Q, M, K)
+  int32_t* cells = nullptr;               // (B, Q, M, K)
   void* weights = nullptr;                // (B, Q, M, K, 4) of grad_value's type, 16-byte aligned
-  const int64_t* sorted_cells = nullptr;  // (N), N = B * Q * M * K
+  const int32_t* sorted_cells = nullptr;  // (N), N = B * Q * M * K
   const int64_t* sample_order = nullptr;  // (N): cells[sample_order[i]] == sorted_cells[i]
+  int32_t* cell_starts = nullptr;         // (num_cells + 1), scratch
 };
+
+struct SortSizes {
+  int64_t num_samples;  // N
+  int64_t num_cells;    // between the pixels of all levels, heads and images; no fewer than these
+  int64_t cells_per_head;  // where the host does not know the sizes of the levels
+};
+
+// Throws where these are too many for 32 bits.
+SortSizes sort_sizes(const Problem& problem, const CudaCall& call);
 
 template <class T>
 void sample_cells_cuda(const Problem& problem, const SortedSamples& samples, const CudaCall& call);

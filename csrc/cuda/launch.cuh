@@ -68,6 +68,17 @@ struct LevelTableParams {
 // See levels.cu.
 void fill_level_table(const LevelTableParams& params, void* stream);
 
+// What it takes to find where each cell's samples begin, for the deterministic gradient of value.
+struct CellStartsParams {
+  const int32_t* sorted_cells;  // (N), N = B * Q * M * K
+  int32_t* starts;              // (C + 1), C = B * M * cells_per_head
+  int32_t num_sorted;           // N
+  int32_t num_cells;            // C
+};
+
+// See cells.cu.
+void find_cell_starts(const CellStartsParams& params, void* stream);
+
 inline bool needs_level_table(int64_t num_levels, bool shapes_on_device) {
   return shapes_on_device || num_levels > kMaxLevels;
 }
@@ -131,20 +142,36 @@ inline int multiprocessor_count() {
   return count;
 }
 
-// lanes: of a sub-warp. blocks_per_multiprocessor: that run at once.
+// NOTE [split]
+// While a round of a warp waits for memory, first for its points and then for their pixels, the
+// rounds of other warps must keep the multiprocessor's way to memory busy. A round has 32 samples
+// of four corners, so it takes corner_bytes turns of 128 bytes there, and as counted some 50 more
+// for shared memory (docs/cuda.md). With so many warps that those of all others last as long as the
+// two waits, a multiprocessor has enough. A smaller problem gets more warps by a split: each
+// sub-warp then has fewer rounds to wait for, one after the other. By the count that costs a
+// hundredth or two of all accesses (each part reads grad_output, and in the fused form all logits)
+// as long as each part has a round of its own, and up to as many again where one has not.
+
+// Warps that a multiprocessor needs. The waits are an assumption: two of 500 turns.
+inline int64_t warps_to_fill(int64_t corner_bytes) {
+  constexpr int64_t kTurnsOfWaits = 1000, kTurnsOfSharedMemory = 50;
+  return 1 + divide_up(kTurnsOfWaits, corner_bytes + kTurnsOfSharedMemory);
+}
+
+// lanes: of a sub-warp. blocks_per_multiprocessor: that run at once. corner_bytes: that a kernel
+// moves for one corner of a sample.
 inline Order make_order(const Problem& problem, const CudaCall& call, int lanes,
-                        int blocks_per_multiprocessor) {
+                        int blocks_per_multiprocessor, int64_t corner_bytes) {
   constexpr int kCacheLine = 128;
-  // Fewer threads than this on each multiprocessor leave it waiting for memory.
-  constexpr int64_t kThreadsToFill = 512;
   const int64_t multiprocessors = multiprocessor_count();
   const int64_t heads = problem.batch * problem.num_queries * problem.num_heads;
 
   Order order = {};
   const int64_t rounds = divide_up(problem.num_samples, lanes);
   order.split = 1;
-  while (call.split == 0 && order.split * lanes < kWarpSize && order.split < rounds &&
-         heads * lanes * order.split < multiprocessors * kThreadsToFill) {
+  const int64_t enough = multiprocessors * warps_to_fill(corner_bytes);
+  while (call.split == 0 && order.split * lanes < kWarpSize && 2 * order.split <= rounds &&
+         heads * lanes * order.split < enough * kWarpSize) {
     order.split *= 2;
   }
   if (call.split != 0) order.split = call.split;

@@ -45,9 +45,11 @@ struct Lane {
         lane(int(threadIdx.x) % kLanes),
         part(sub_warp & (split - 1)) {}
 
-  // The slot of sample i of a round of this sub-warp: neighbouring ones belong to different
-  // sub-warps, which read them at once and so from different banks.
-  MSDA_DEVICE int slot(int i) const { return i * kSubWarps + sub_warp; }
+  // The slot of sample i of a round of this sub-warp, or of another.
+  MSDA_DEVICE int slot(int i) const { return slot(sub_warp, i); }
+  static MSDA_DEVICE int slot(int sub_warp, int i) {
+    return slot_of_lane(sub_warp * kLanes) + slot_of_lane(i);
+  }
 
   int warp;      // of the block
   int sub_warp;  // of the warp
@@ -56,7 +58,7 @@ struct Lane {
 };
 
 // Calls f(head) for each query and head of this thread's sub-warp. All threads of a warp call f
-// together; a head that is not live lies beyond the map.
+// together, and not where none of their heads is live; one that is not live lies beyond the map.
 template <int kLanes, class F>
 MSDA_DEVICE void for_each_head(const Order& order, const Sampling& sampling, const F& f) {
   const uint32_t heads_per_pass = kWarpsPerBlock * Lane<kLanes>::kSubWarps / order.split;
@@ -90,8 +92,9 @@ MSDA_DEVICE void for_each_head(const Order& order, const Sampling& sampling, con
       const int x =
           (tile_x << order.log2_tile_width) + int(pixel & ((1u << order.log2_tile_width) - 1));
       const int y = (tile_y << order.log2_tile_height) + int(pixel >> order.log2_tile_width);
-      f(Head{sampling, int(b), map.first_query + y * map.width + x, m,
-             x < map.width && y < map.height});
+      const bool is_live = x < map.width && y < map.height;
+      if (!__any_sync(kAllLanes, is_live)) continue;
+      f(Head{sampling, int(b), map.first_query + y * map.width + x, m, is_live});
     }
   }
 }

@@ -55,6 +55,8 @@ MSDA_DEVICE const DeviceLevel* stage_levels(const Sampling& sampling,
   if (sampling.num_levels > kMaxLevels) return sampling.levels_in_memory;
   const int l = int(threadIdx.x);
   if (l < sampling.num_levels) {
+    if (sampling.levels_in_memory) count_struct(Access::kLoad, sampling.levels_in_memory[l]);
+    count_struct(Access::kStore, staged[l]);
     staged[l] = sampling.levels_in_memory ? sampling.levels_in_memory[l] : sampling.levels[l];
   }
   __syncthreads();
@@ -124,6 +126,7 @@ class Sampler {
     if (i >= count_) return sample;
 #pragma unroll 1
     while (i >= levels_[level_].samples_end) ++level_;
+    count_struct(Access::kLoad, levels_[level_]);
     const DeviceLevel level = levels_[level_];
 
     sample.width = level.width;
@@ -171,7 +174,7 @@ class Sampler {
   };
 
   static MSDA_DEVICE Real number(const ConstArray& array, int64_t i) {
-    if constexpr (kCommon) return static_cast<const Real*>(array.data)[i];
+    if constexpr (kCommon) return load<Real>(static_cast<const Real*>(array.data) + i);
     return load_number<Real>(array, i);
   }
 
@@ -254,8 +257,10 @@ class Sampler {
     uint32_t is_padding = 0;
 #pragma unroll
     for (int c = 0; c < kNumCorners; ++c) {
-      if ((sample.corners >> c & 1) == 0) continue;
-      if (padding_mask[sample.key + c % 2 + c / 2 * sample.width]) is_padding |= 1u << c;
+      const bool is_read = sample.corners >> c & 1;
+      const uint8_t* const p = padding_mask + sample.key + c % 2 + c / 2 * sample.width;
+      count(Access::kLoad, p, sizeof(*p), is_read);
+      if (is_read && *p != 0) is_padding |= 1u << c;
     }
     sample.corners &= ~is_padding;
   }
@@ -311,7 +316,8 @@ MSDA_DEVICE CornerWeights<Real> weights_of(const Sample<Real>& sample) {
 
 struct alignas(16) Place {
   int32_t key;
-  uint32_t width_and_corners;  // width << 4 | corners
+  uint32_t width_and_corners;       // width << 4 | corners
+  static constexpr int kBytes = 8;  // that are moved
 
   MSDA_DEVICE uint32_t width() const { return width_and_corners >> kNumCorners; }
   MSDA_DEVICE bool reads(Corner c) const { return width_and_corners >> c & 1; }
@@ -319,15 +325,33 @@ struct alignas(16) Place {
 
 constexpr int32_t kMaxWidth = (1 << (32 - kNumCorners)) - 1;
 
+// Where the sample of a lane lies in the arrays below. Lanes write side by side; what a quarter of
+// a warp (of 16 bytes) or half of it (of 8) reads at once must lie in different banks, of which 8
+// slots take up all: so one stays empty after every 8.
+MSDA_DEVICE constexpr int slot_of_lane(int lane) { return lane + lane / 8; }
+
+constexpr int kSlots = kWarpSize + kWarpSize / 8;
+
 // One sample of each lane of a warp.
 template <class Real>
 struct Round {
-  CornerWeights<Real> weights[kWarpSize];
-  Place places[kWarpSize];
+  CornerWeights<Real> weights[kSlots];
+  Place places[kSlots];
 
   MSDA_DEVICE void put(int slot, const Sample<Real>& sample) {
+    count_struct(Access::kStore, weights[slot]);
+    count(Access::kStore, &places[slot], Place::kBytes);
     weights[slot] = weights_of(sample);
     places[slot] = {sample.key, uint32_t(sample.width) << kNumCorners | sample.corners};
+  }
+
+  // A lane is about to read a slot.
+  MSDA_DEVICE void count_get(int slot) const {
+    count_struct(Access::kLoad, weights[slot]);
+    count_get_place(slot);
+  }
+  MSDA_DEVICE void count_get_place(int slot) const {
+    count(Access::kLoad, &places[slot], Place::kBytes);
   }
 };
 

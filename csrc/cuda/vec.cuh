@@ -1,5 +1,7 @@
 // Element types, vectors of up to 16 bytes, and the loads, stores and atomic additions that move
 // them. PTX stands behind __CUDA_ARCH__; its scalar twin lets the kernels run on a CPU in tests.
+// Kernels touch memory through these functions alone: where they run on a CPU, each tells what it
+// is about to do, and what a warp asks of memory is counted.
 
 #pragma once
 
@@ -16,7 +18,8 @@
 #ifdef __CUDACC__
 #define MSDA_DEVICE __device__ __forceinline__
 #else
-#define MSDA_DEVICE inline
+// In line, so that each use of a function below is a place of its own in the code.
+#define MSDA_DEVICE inline __attribute__((always_inline))
 #endif
 
 namespace msda {
@@ -85,6 +88,33 @@ MSDA_DEVICE T narrow(acc_t<T> x) {
   }
 }
 
+// ---- what is counted ----------------------------------------------------------------------------
+
+enum class Access { kLoad, kStore, kReduction };
+
+// Where the kernels run on a CPU: this thread accesses memory, or, if not, stands by while others
+// of its warp do.
+MSDA_DEVICE void count([[maybe_unused]] Access access, [[maybe_unused]] const void* p,
+                       [[maybe_unused]] int bytes, [[maybe_unused]] bool condition = true) {
+#ifndef __CUDACC__
+  executor::count(int(access), condition ? p : nullptr, bytes);
+#endif
+}
+
+// The same for a whole struct, in shared memory for example, which the compiler moves as it likes:
+// it counts in pieces of at most 16 bytes.
+template <class Struct>
+MSDA_DEVICE void count_struct([[maybe_unused]] Access access,
+                              [[maybe_unused]] const Struct& place) {
+#ifndef __CUDACC__
+  constexpr int kPiece = 16;
+  for (int i = 0; i < int(sizeof(Struct)); i += kPiece) {
+    const int rest = int(sizeof(Struct)) - i;
+    count(access, reinterpret_cast<const char*>(&place) + i, rest < kPiece ? rest : kPiece);
+  }
+#endif
+}
+
 // ---- vectors ------------------------------------------------------------------------------------
 
 constexpr int kMaxVectorBytes = 16;
@@ -127,10 +157,11 @@ MSDA_DEVICE Packed<T, kVec> pack(const acc_t<T> (&x)[kVec]) {
 
 // The machine's type of the same size, which one instruction moves.
 template <class V>
-using MachineWord =
-    std::conditional_t<sizeof(V) == 16, uint4,
-                       std::conditional_t<sizeof(V) == 8, uint2,
-                                          std::conditional_t<sizeof(V) == 4, uint32_t, uint16_t>>>;
+using MachineWord = std::conditional_t<
+    sizeof(V) == 16, uint4,
+    std::conditional_t<sizeof(V) == 8, uint2,
+                       std::conditional_t<sizeof(V) == 4, uint32_t,
+                                          std::conditional_t<sizeof(V) == 2, uint16_t, uint8_t>>>>;
 
 // p + index * stride, in bytes, in one instruction, to which the compiler must be led: a stride
 // known in advance becomes shifts and additions unless it cannot see what p is, another one a
@@ -152,6 +183,7 @@ MSDA_DEVICE T* advance(T* p, int32_t index, int32_t stride) {
 // Read through the non-coherent cache: nobody writes there while the kernel runs.
 template <class V>
 MSDA_DEVICE void load_if(bool condition, const void* p, V& v) {
+  count(Access::kLoad, p, sizeof(V), condition);
 #ifdef __CUDA_ARCH__
   if (condition) v = bit_cast<V>(__ldg(static_cast<const MachineWord<V>*>(p)));
 #else
@@ -162,6 +194,8 @@ MSDA_DEVICE void load_if(bool condition, const void* p, V& v) {
 
 template <class V>
 MSDA_DEVICE V load(const void* p) {
+  count(Access::kLoad, p, sizeof(V));
+  if constexpr (std::is_arithmetic_v<V>) return *static_cast<const V*>(p);
   return bit_cast<V>(*static_cast<const MachineWord<V>*>(p));
 }
 
@@ -186,6 +220,7 @@ MSDA_DEVICE V load_once(const void* p) {
 
 template <class V>
 MSDA_DEVICE void store(void* p, const V& v) {
+  count(Access::kStore, p, sizeof(V));
   *static_cast<MachineWord<V>*>(p) = bit_cast<MachineWord<V>>(v);
 }
 
@@ -215,7 +250,8 @@ MSDA_DEVICE auto with_element_type(DType dtype, const F& f) {
 template <class Real>
 MSDA_DEVICE Real load_number(const ConstArray& array, int64_t i) {
   return with_element_type(array.dtype, [&](auto* type) {
-    return Real(widen(static_cast<const std::remove_pointer_t<decltype(type)>*>(array.data)[i]));
+    using T = std::remove_pointer_t<decltype(type)>;
+    return Real(widen(load<T>(static_cast<const T*>(array.data) + i)));
   });
 }
 
@@ -238,7 +274,7 @@ template <class Real>
 MSDA_DEVICE void store_number(const Array& array, int64_t i, Real x) {
   with_element_type(array.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    static_cast<T*>(array.data)[i] = narrow<T>(acc_t<T>(x));
+    store(static_cast<T*>(array.data) + i, narrow<T>(acc_t<T>(x)));
   });
 }
 
@@ -253,38 +289,44 @@ MSDA_DEVICE void store_pair(const Array& array, int64_t i, Pair<Real> pair) {
 
 // ---- atomic additions ---------------------------------------------------------------------------
 
-// p[i] += x[i] for each i, each addition atomic by itself. Vectors of four floats go out as one
-// instruction where there is one (compute capability 9.0). PTX, because the compiler does not see
-// that p is in global memory and would test for it.
-template <int kVec, class Real>
-MSDA_DEVICE void atomic_add(Real* p, const Real (&x)[kVec]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if constexpr (std::is_same_v<Real, float> && kVec % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < kVec; i += 4) {
-      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p + i), "f"(x[i]),
-                   "f"(x[i + 1]), "f"(x[i + 2]), "f"(x[i + 3])
-                   : "memory");
-    }
-  } else
-#endif
-  {
-#ifndef __CUDA_ARCH__
-    assert(kVec % 4 != 0 || reinterpret_cast<uintptr_t>(p) % kMaxVectorBytes == 0);
-#endif
-#pragma unroll
-    for (int i = 0; i < kVec; ++i) {
-#ifdef __CUDA_ARCH__
-      if constexpr (std::is_same_v<Real, float>) {
-        asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p + i), "f"(x[i]) : "memory");
-      } else {
-        asm volatile("red.global.add.f64 [%0], %1;" ::"l"(p + i), "d"(x[i]) : "memory");
-      }
+// How many neighbouring numbers, of kVec, one instruction adds: four floats from compute capability
+// 9.0 on, else one. A constant on a GPU.
+template <class Real, int kVec>
+MSDA_DEVICE int reduction_width() {
+  [[maybe_unused]] constexpr int kWidest = std::is_same_v<Real, float> && kVec % 4 == 0 ? 4 : 1;
+#ifndef __CUDACC__
+  return executor::compute_capability() >= 90 ? kWidest : 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return kWidest;
 #else
-      atomicAdd(p + i, x[i]);
+  return 1;
 #endif
+}
+
+// One instruction: p[i] += x[i] for each i < width, each addition atomic by itself. PTX, because
+// the compiler does not see that p is in global memory and would test for it.
+template <class Real>
+MSDA_DEVICE void atomic_add(Real* p, const Real* x, int width) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if constexpr (std::is_same_v<Real, float>) {
+    if (width == 4) {
+      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]),
+                   "f"(x[2]), "f"(x[3])
+                   : "memory");
+      return;
     }
   }
+#endif
+#ifdef __CUDA_ARCH__
+  if constexpr (std::is_same_v<Real, float>) {
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(*x) : "memory");
+  } else {
+    asm volatile("red.global.add.f64 [%0], %1;" ::"l"(p), "d"(*x) : "memory");
+  }
+#else
+  assert(reinterpret_cast<uintptr_t>(p) % (width * sizeof(Real)) == 0);
+  for (int i = 0; i < width; ++i) atomicAdd(p + i, x[i]);
+#endif
 }
 
 }  // namespace msda

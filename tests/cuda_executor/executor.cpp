@@ -245,10 +245,10 @@ class Fiber {
 
 enum class State { kReady, kWaiting, kExited };
 
-enum class Kind { kSyncThreads, kSyncWarp, kShuffle, kShuffleXor };
+enum class Kind { kSyncThreads, kSyncWarp, kShuffle, kShuffleXor, kAny };
 
 constexpr const char* kKindNames[] = {"__syncthreads", "__syncwarp", "__shfl_sync",
-                                      "__shfl_xor_sync"};
+                                      "__shfl_xor_sync", "__any_sync"};
 
 // What a thread waits for: the lanes of its warp that mask names; for __syncthreads, all threads.
 struct Meeting {
@@ -256,7 +256,8 @@ struct Meeting {
   Place place;
   unsigned mask;
 
-  bool is_shuffle() const { return kind == Kind::kShuffle || kind == Kind::kShuffleXor; }
+  // Whether lanes hand each other something: then none that is named may have exited.
+  bool is_exchange() const { return kind != Kind::kSyncThreads && kind != Kind::kSyncWarp; }
   bool is_same(const Meeting& other) const {
     return kind == other.kind && mask == other.mask && place.line == other.place.line &&
            std::strcmp(place.file, other.place.file) == 0;
@@ -266,10 +267,11 @@ struct Meeting {
 struct Thread {
   Fiber fiber;
   State state;
-  Meeting meeting;   // while waiting
-  uint64_t brought;  // the number it brings to a shuffle
-  int source;        // the lane whose number it wants
-  uint64_t taken;    // that number
+  Meeting meeting;                     // while waiting
+  uint64_t brought;                    // the number it brings to a shuffle
+  int source;                          // the lane whose number it wants
+  uint64_t taken;                      // that number
+  std::vector<MemoryAccess> accesses;  // since the last barrier of the warp
 };
 
 std::string describe(const Meeting& meeting) {
@@ -287,6 +289,8 @@ std::string describe(const uint3& index) {
   text << "(" << index.x << ", " << index.y << ", " << index.z << ")";
   return text.str();
 }
+
+constexpr unsigned kAllLanes = 0xffffffff;
 
 unsigned lane_bit(int lane) { return 1u << lane; }
 
@@ -336,6 +340,8 @@ class Launch {
   // Called by the thread that runs.
   uint64_t meet(const Meeting& meeting, uint64_t brought, int source);
 
+  void count(const MemoryAccess& access) { thread(current_).accesses.push_back(access); }
+
   // The same, because it accessed an address that does not exist.
   [[noreturn]] void stop_thread(const void* address);
 
@@ -348,7 +354,9 @@ class Launch {
 
   void run_block();
   void resume(unsigned i);
-  void check_shuffle(unsigned i) const;
+  void check_exchange(unsigned i) const;
+  void count_memory(unsigned first);
+  const std::string& name_of(uintptr_t address) const;
   bool meet_in_block(const Meeting& meeting);
   bool meet_in_warp(unsigned first, const Meeting& meeting);
   [[noreturn]] void report_deadlock() const;
@@ -409,6 +417,7 @@ void Launch::run_block() {
     }
     if (!someone_ran) report_deadlock();
   }
+  for (unsigned i = 0; i < num_threads_; i += kWarpSize) count_memory(i);
 }
 
 void Launch::resume(unsigned i) {
@@ -424,7 +433,7 @@ void Launch::resume(unsigned i) {
     if (thread(j).state != State::kWaiting) continue;
     const Meeting meeting = thread(j).meeting;
     if (meeting.kind == Kind::kSyncWarp) meet_in_warp(first, meeting);
-    if (meeting.is_shuffle()) check_shuffle(j);
+    if (meeting.is_exchange()) check_exchange(j);
   }
 }
 
@@ -443,7 +452,7 @@ uint64_t Launch::meet(const Meeting& meeting, uint64_t brought, int source) {
       fail("block ", describe(blockIdx), ", thread ", self, ": ", describe(meeting),
            " does not name the lane that calls it, ", self % kWarpSize);
     }
-    if (meeting.is_shuffle()) check_shuffle(self);
+    if (meeting.is_exchange()) check_exchange(self);
     complete = meet_in_warp(first_of_warp(self), meeting);
   }
   // The last one to come goes on at once, as it would if the others had been faster.
@@ -451,7 +460,7 @@ uint64_t Launch::meet(const Meeting& meeting, uint64_t brought, int source) {
   return me.taken;
 }
 
-void Launch::check_shuffle(unsigned i) const {
+void Launch::check_exchange(unsigned i) const {
   const Meeting& meeting = thread(i).meeting;
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if ((meeting.mask & lane_bit(lane)) && exited(first_of_warp(i) + lane)) {
@@ -471,6 +480,7 @@ bool Launch::meet_in_block(const Meeting& meeting) {
     if (thread(i).state != State::kWaiting || !thread(i).meeting.is_same(meeting)) return false;
   }
   for (unsigned i = 0; i < num_threads_; ++i) thread(i).state = State::kReady;
+  for (unsigned i = 0; i < num_threads_; i += kWarpSize) count_memory(i);
   return true;
 }
 
@@ -481,13 +491,38 @@ bool Launch::meet_in_warp(unsigned first, const Meeting& meeting) {
     const Thread& other = thread(first + lane);
     if (other.state != State::kWaiting || !other.meeting.is_same(meeting)) return false;
   }
+  uint64_t any = 0;
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    if ((meeting.mask & lane_bit(lane)) && !exited(first + lane)) {
+      any |= thread(first + lane).brought;
+    }
+  }
   for (int lane = 0; lane < kWarpSize; ++lane) {
     if (!(meeting.mask & lane_bit(lane)) || exited(first + lane)) continue;
     Thread& other = thread(first + lane);
-    if (meeting.is_shuffle()) other.taken = thread(first + other.source).brought;
+    if (meeting.is_exchange()) {
+      other.taken = meeting.kind == Kind::kAny ? any : thread(first + other.source).brought;
+    }
     other.state = State::kReady;
   }
+  // Lanes that are not named may be in the middle of what they do.
+  if (meeting.mask == kAllLanes) count_memory(first);
   return true;
+}
+
+// What the lanes of a warp have done since their last barrier.
+void Launch::count_memory(unsigned first) {
+  if (!device().counts_memory) return;
+  std::vector<std::vector<MemoryAccess>*> lanes;
+  bool has_any = false;
+  for (unsigned i = first; i < std::min(first + kWarpSize, num_threads_); ++i) {
+    lanes.push_back(&thread(i).accesses);
+    has_any |= !lanes.back()->empty();
+  }
+  if (!has_any) return;
+  count_warp(
+      lanes, [&](uintptr_t address) -> const std::string& { return name_of(address); },
+      device().traffic);
 }
 
 void Launch::report_deadlock() const {
@@ -575,6 +610,16 @@ struct OnDevice {
   }
 };
 
+const std::string& Launch::name_of(uintptr_t address) const {
+  static const std::string shared_memory = kSharedMemory;
+  if (address - uintptr_t(shared_memory_.begin) < shared_memory_.bytes) return shared_memory;
+  for (const GuardedMemory* memory : guarded_memory) {
+    if (memory->holds(address)) return memory->name();
+  }
+  fail("block ", describe(blockIdx), ": a kernel counts an access to memory that is no array, at ",
+       reinterpret_cast<void*>(address));
+}
+
 cudaError_t remember(cudaError_t error) {
   if (error != cudaSuccess) device().last_error = error;
   return error;
@@ -600,6 +645,17 @@ uint64_t shuffle_xor(unsigned mask, uint64_t bits, int lane_mask, int width, con
   const int lane = lane_of_thread(), last_of_group = lane | (width - 1);
   const int source = (lane ^ lane_mask) & (kWarpSize - 1);
   return meet(meeting, bits, source <= last_of_group ? source : lane);
+}
+
+__attribute__((noinline)) void count(int kind, const void* address, size_t bytes) {
+  if (!device().counts_memory) return;
+  running->count({__builtin_return_address(0), kind, uintptr_t(address), uint32_t(bytes)});
+}
+
+int compute_capability() { return device().compute_capability; }
+
+bool any(unsigned mask, bool predicate, const Place& place) {
+  return meet({Kind::kAny, place, mask}, predicate, lane_of_thread()) != 0;
 }
 
 cudaError_t launch(dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
@@ -639,8 +695,8 @@ CurrentDevice::~CurrentDevice() { current_device = previous_; }
 
 cudaStream_t current_stream() { return device().stream(); }
 
-GuardedMemory::GuardedMemory(void* address, size_t bytes, Side side)
-    : address_(address), bytes_(bytes), side_(side) {
+GuardedMemory::GuardedMemory(std::string name, void* address, size_t bytes, Side side)
+    : name_(std::move(name)), address_(address), bytes_(bytes), side_(side) {
   guarded_memory.insert(this);
   permit(Side::kHost);
 }

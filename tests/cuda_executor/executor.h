@@ -11,6 +11,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
+
+#include "traffic.h"
 
 namespace executor {
 
@@ -27,6 +30,8 @@ struct Device {
   uint64_t seed = 0;  // of Order::kRandom
   Fibers fibers = Fibers::kNative;
   int num_multiprocessors = 4;
+  int compute_capability = 75;
+  bool counts_memory = false;
   int launch_error = cudaSuccess;  // what launches return instead of running,
   int launches_before_error = 0;   // from this one on
 
@@ -35,6 +40,7 @@ struct Device {
   // Counted.
   int64_t num_launches = 0;
   int64_t num_blocks = 0;
+  TrafficTable traffic;
 
   // The only stream to which work may go.
   cudaStream_t stream() { return reinterpret_cast<cudaStream_t>(this); }
@@ -61,7 +67,7 @@ enum class Side { kDevice, kHost };
 
 class GuardedMemory {
  public:
-  GuardedMemory(void* address, size_t bytes, Side side);
+  GuardedMemory(std::string name, void* address, size_t bytes, Side side);
   ~GuardedMemory();
   GuardedMemory(const GuardedMemory&) = delete;
   GuardedMemory& operator=(const GuardedMemory&) = delete;
@@ -69,7 +75,11 @@ class GuardedMemory {
   // Makes the memory accessible or not to code that runs on a side.
   void permit(Side side) const;
 
+  const std::string& name() const { return name_; }
+  bool holds(uintptr_t address) const { return address - uintptr_t(address_) < bytes_; }
+
  private:
+  std::string name_;
   void* address_;
   size_t bytes_;
   Side side_;

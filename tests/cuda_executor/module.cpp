@@ -35,6 +35,9 @@ using executor::GuardedMemory;
 using executor::Order;
 using executor::Side;
 
+// As vec.cuh numbers them.
+constexpr std::array<const char*, 3> kAccessNames = {"load", "store", "reduction"};
+
 template <class Choice>
 Choice choose(const char* what, const std::map<std::string, Choice>& choices,
               const std::string& wanted) {
@@ -47,7 +50,8 @@ Choice choose(const char* what, const std::map<std::string, Choice>& choices,
 
 std::unique_ptr<Device> make_device(const std::string& order, uint64_t seed,
                                     const std::string& fibers, int num_multiprocessors,
-                                    int launch_error, int launches_before_error) {
+                                    int launch_error, int launches_before_error,
+                                    int compute_capability, bool counts_memory) {
   auto device = std::make_unique<Device>();
   device->order = choose<Order>(
       "order",
@@ -59,7 +63,21 @@ std::unique_ptr<Device> make_device(const std::string& order, uint64_t seed,
   device->num_multiprocessors = num_multiprocessors;
   device->launch_error = launch_error;
   device->launches_before_error = launches_before_error;
+  device->compute_capability = compute_capability;
+  device->counts_memory = counts_memory;
   return device;
+}
+
+// What was counted, a dict for each array, kind of access and size of a lane's part.
+py::list traffic_of(const Device& device) {
+  py::list table;
+  for (const auto& [key, traffic] : device.traffic) {
+    table.append(py::dict("array"_a = key.array, "kind"_a = kAccessNames.at(key.kind),
+                          "bytes"_a = key.bytes, "requests"_a = traffic.requests,
+                          "lanes"_a = traffic.lanes, "sectors"_a = traffic.sectors,
+                          "least_sectors"_a = traffic.least_sectors, "lines"_a = traffic.lines));
+  }
+  return table;
 }
 
 // A function of the self-test, with the device as its first argument.
@@ -81,6 +99,8 @@ void bind_self_test(py::module_ m) {
   MSDA_BIND(unwritten_shared_memory);
   MSDA_BIND(indices_in_order_of_execution);
   MSDA_BIND(atomic_sums);
+  MSDA_BIND(count_accesses);
+  MSDA_BIND(count_in_two_branches);
   MSDA_BIND(shuffle_with_exited_lane);
   MSDA_BIND(shuffle_with_lane_past_the_end_of_the_block);
   MSDA_BIND(shuffle_reads_lane_that_is_not_named);
@@ -120,12 +140,13 @@ constexpr unsigned char kPoison = 0xff;
 class Buffer {
  public:
   // shift: bytes from an aligned address.
-  Buffer(size_t bytes, size_t shift) : bytes_(bytes), margin_(margin()), before_(margin_ + shift) {
+  Buffer(const std::string& name, size_t bytes, size_t shift)
+      : bytes_(bytes), margin_(margin()), before_(margin_ + shift) {
     void* memory = nullptr;
     if (posix_memalign(&memory, kAlignment, before_ + bytes + margin_) != 0) throw std::bad_alloc();
     memory_.reset(static_cast<unsigned char*>(memory));
     std::memset(memory, kPoison, before_ + bytes + margin_);
-    guard_ = std::make_unique<GuardedMemory>(data(), bytes, Side::kDevice);
+    guard_ = std::make_unique<GuardedMemory>(name, data(), bytes, Side::kDevice);
   }
 
   void* data() const { return memory_.get() + before_; }
@@ -281,7 +302,7 @@ class Call {
   // Memory that holds NaN.
   Buffer& allocate(const std::string& name, size_t bytes, size_t element_bytes = 1) {
     const size_t shift = options_.misaligned.count(name) ? element_bytes : 0;
-    return *(buffers_[name] = std::make_unique<Buffer>(bytes, shift));
+    return *(buffers_[name] = std::make_unique<Buffer>(name, bytes, shift));
   }
 
   msda::Problem problem{};
@@ -301,7 +322,7 @@ class Call {
     problem.num_levels = levels_.size();
     problem.levels = levels_.data();
     levels_guard_ = std::make_unique<GuardedMemory>(
-        levels_.data(), levels_.size() * sizeof(msda::Level), Side::kHost);
+        "levels", levels_.data(), levels_.size() * sizeof(msda::Level), Side::kHost);
     if (!on_device) return;
     cuda_call.shapes_on_device = true;
     cuda_call.shapes_are_int64 = options_.device_shapes == "int64";
@@ -384,20 +405,23 @@ NamedArrays gather(Device& device, const NamedArrays& arrays,
   Call call(arrays, spatial_shapes, num_points, options);
   const msda::Problem& problem = call.problem;
   const DType sum_type = call.sum_type();
-  const int64_t count =
-      problem.batch * problem.num_queries * problem.num_heads * problem.num_samples;
-  Buffer& cells = call.allocate("cells", count * sizeof(int64_t));
-  Buffer& sorted_cells = call.allocate("sorted_cells", count * sizeof(int64_t));
+  const msda::SortSizes sizes = msda::sort_sizes(problem, call.cuda_call);
+  const int64_t count = sizes.num_samples;
+  Buffer& cells = call.allocate("cells", count * sizeof(int32_t));
+  Buffer& sorted_cells = call.allocate("sorted_cells", count * sizeof(int32_t));
+  Buffer& cell_starts = call.allocate("cell_starts", (sizes.num_cells + 1) * sizeof(int32_t));
   Buffer& sample_order = call.allocate("sample_order", count * sizeof(int64_t));
   Buffer& weights = call.allocate("corner_weights", count * 4 * msda::element_size(sum_type));
   msda::SortedSamples samples;
-  samples.cells = static_cast<int64_t*>(cells.data());
+  samples.cells = static_cast<int32_t*>(cells.data());
   samples.weights = weights.data();
-  samples.sorted_cells = static_cast<const int64_t*>(sorted_cells.data());
+  samples.sorted_cells = static_cast<const int32_t*>(sorted_cells.data());
+  samples.cell_starts = static_cast<int32_t*>(cell_starts.data());
   samples.sample_order = static_cast<const int64_t*>(sample_order.data());
   msda::sample_cells_cuda(problem, samples, call.cuda_call);
 
-  std::vector<int64_t> numbers(count), order(count);
+  std::vector<int32_t> numbers(count);
+  std::vector<int64_t> order(count);
   cells.read(numbers.data());
   std::iota(order.begin(), order.end(), int64_t(0));
   std::stable_sort(order.begin(), order.end(),
@@ -410,6 +434,25 @@ NamedArrays gather(Device& device, const NamedArrays& arrays,
   const msda::Array grad_value = call.output("grad_value", call.shape_of("value"), sum_type);
   msda::gather_cuda(problem, inputs, grad_value, samples, call.cuda_call);
   return call.results();
+}
+
+// (samples, cells) that a deterministic gradient of value sorts.
+std::pair<int64_t, int64_t> sort_sizes(int64_t batch, int64_t queries, int64_t heads,
+                                       int64_t samples, std::array<int64_t, 2> shape,
+                                       bool shapes_on_device) {
+  const msda::Level level{shape[0], shape[1], 0, samples};
+  msda::Problem problem{};
+  problem.batch = batch;
+  problem.num_keys = shape[0] * shape[1];
+  problem.num_queries = queries;
+  problem.num_heads = heads;
+  problem.num_levels = 1;
+  problem.num_samples = samples;
+  problem.levels = &level;
+  msda::CudaCall call{};
+  call.shapes_on_device = shapes_on_device;
+  const msda::SortSizes sizes = msda::sort_sizes(problem, call);
+  return {sizes.num_samples, sizes.num_cells};
 }
 
 void bind_kernels(py::module_ m) {
@@ -425,6 +468,8 @@ void bind_kernels(py::module_ m) {
   m.def("forward", &forward, "device"_a, "arrays"_a, "spatial_shapes"_a, "num_points"_a,
         "options"_a);
   m.def("gather", &gather, "device"_a, "arrays"_a, "spatial_shapes"_a, "num_points"_a, "options"_a);
+  m.def("sort_sizes", &sort_sizes, py::kw_only(), "batch"_a, "queries"_a, "heads"_a, "samples"_a,
+        "shape"_a, "shapes_on_device"_a);
   m.def("backward", &backward, "device"_a, "arrays"_a, "spatial_shapes"_a, "num_points"_a,
         "wanted"_a, "options"_a);
 }
@@ -435,10 +480,11 @@ PYBIND11_MODULE(_cuda_executor, m) {
   py::class_<Device>(m, "Device")
       .def(py::init(&make_device), py::kw_only(), "order"_a = "forward", "seed"_a = 0,
            "fibers"_a = "native", "num_multiprocessors"_a = 4, "launch_error"_a = int(cudaSuccess),
-           "launches_before_error"_a = 0)
+           "launches_before_error"_a = 0, "compute_capability"_a = 75, "counts_memory"_a = false)
       .def_readonly("last_error", &Device::last_error)
       .def_readonly("num_launches", &Device::num_launches)
-      .def_readonly("num_blocks", &Device::num_blocks);
+      .def_readonly("num_blocks", &Device::num_blocks)
+      .def_property_readonly("traffic", &traffic_of);
   bind_self_test(m.def_submodule("self_test"));
   bind_kernels(m);
 }

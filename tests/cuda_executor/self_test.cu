@@ -13,6 +13,10 @@ namespace {
 
 constexpr unsigned kAllLanes = 0xffffffff;
 
+struct alignas(128) Line {
+  char bytes[128];
+};
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments... arguments) {
   void* pointers[] = {&arguments..., nullptr};
@@ -135,6 +139,29 @@ __global__ void barrier_against_shuffle_kernel() {
 
 __global__ void nothing_kernel() {}
 
+// ---- what is counted ----------------------------------------------------------------------------
+
+__global__ void count_kernel(const int* places, int rows, unsigned bytes, const char* array,
+                             bool with_barriers) {
+  __shared__ Line lines[64];
+  if (array == nullptr) array = reinterpret_cast<const char*>(lines);
+  for (int i = 0; i < rows; ++i) {
+    const int place = places[32 * i + threadIdx.x];
+    if (place != -2) count(0, place == -1 ? nullptr : array + place, bytes);
+    if (with_barriers) __syncwarp();
+  }
+}
+
+__global__ void count_branches_kernel(const int* array) {
+  if (threadIdx.x % 2 == 0) {
+    count(1, array + threadIdx.x, sizeof(int));
+  } else {
+    count(1, array + threadIdx.x, sizeof(int));
+  }
+  __syncthreads();
+  count(2, array + threadIdx.x, sizeof(int));
+}
+
 // ---- wrong addresses ----------------------------------------------------------------------------
 
 __global__ void read_kernel(const float* source, int i, float* result) { *result = source[i]; }
@@ -209,6 +236,23 @@ std::vector<double> atomic_sums() {
   return sums;
 }
 
+void count_accesses(const std::vector<std::vector<int>>& places, unsigned bytes, bool shared,
+                    bool with_barriers) {
+  std::vector<int> flat;
+  for (const auto& row : places) flat.insert(flat.end(), row.begin(), row.end());
+  std::vector<Line> lines(64);
+  const char* const array = lines.front().bytes;
+  const GuardedMemory memory("array", lines.data(), lines.size() * sizeof(Line), Side::kDevice);
+  launch(count_kernel, 1, 32, flat.data(), int(places.size()), bytes, shared ? nullptr : array,
+         with_barriers);
+}
+
+void count_in_two_branches() {
+  std::vector<Line> lines(2);
+  const GuardedMemory memory("array", lines.data(), lines.size() * sizeof(Line), Side::kDevice);
+  launch(count_branches_kernel, 1, 64, reinterpret_cast<const int*>(lines.data()));
+}
+
 void shuffle_with_exited_lane() { launch(exited_lane_kernel, 1, 32); }
 void shuffle_with_lane_past_the_end_of_the_block() {
   launch(shuffle_kernel, 1, 40, kAllLanes, 0, 32);
@@ -262,7 +306,7 @@ float kernel_reads_past_the_end_of_shared_memory() {
 
 float kernel_reads_host_memory() {
   const Memory memory(32);
-  const GuardedMemory host(memory.floats.get(), 32 * sizeof(float), Side::kHost);
+  const GuardedMemory host("host", memory.floats.get(), 32 * sizeof(float), Side::kHost);
   float result;
   launch(read_kernel, 1, 1, memory.floats.get(), 0, &result);
   return result;
@@ -270,7 +314,7 @@ float kernel_reads_host_memory() {
 
 float host_reads_device_memory() {
   const Memory memory(32);
-  const GuardedMemory on_device(memory.floats.get(), 32 * sizeof(float), Side::kDevice);
+  const GuardedMemory on_device("device", memory.floats.get(), 32 * sizeof(float), Side::kDevice);
   float result;
   launch(read_kernel, 1, 1, memory.floats.get(), 0, &result);
   read_kernel(memory.floats.get(), 0, &result);

@@ -31,6 +31,13 @@ std::vector<unsigned> indices_in_order_of_execution(const Size& grid, const Size
 // Each of 64 threads in each of 3 blocks adds 1 and its index: the two sums.
 std::vector<double> atomic_sums();
 
+// One warp. In access i, lane l touches `bytes` at places[i][l] of an array, or of shared memory;
+// or it stands by (-1); or it goes another way, on which it tells nothing (-2).
+void count_accesses(const std::vector<std::vector<int>>& places, unsigned bytes, bool shared,
+                    bool with_barriers);
+// 64 threads of two warps write an int each, the odd lanes after the even ones.
+void count_in_two_branches();
+
 // What CUDA leaves undefined.
 void shuffle_with_exited_lane();
 void shuffle_with_lane_past_the_end_of_the_block();

@@ -60,6 +60,7 @@ void sync_threads(const Place& place);
 void sync_warp(unsigned mask, const Place& place);
 uint64_t shuffle(unsigned mask, uint64_t bits, int source, int width, const Place& place);
 uint64_t shuffle_xor(unsigned mask, uint64_t bits, int lane_mask, int width, const Place& place);
+bool any(unsigned mask, bool predicate, const Place& place);
 
 template <class T>
 uint64_t to_bits(T value) {
@@ -102,14 +103,10 @@ T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = executor::k
   return executor::from_bits<T>(executor::shuffle_xor(mask, bits, lane_mask, width, {file, line}));
 }
 
-// Whether the predicate holds for any lane of a whole warp.
+// Whether the predicate holds for any of the lanes that are named.
 inline bool __any_sync(unsigned mask, bool predicate, const char* file = __builtin_FILE(),
                        int line = __builtin_LINE()) {
-  int any = predicate;
-  for (int s = 1; s < executor::kWarpSize; s *= 2) {
-    any |= __shfl_xor_sync(mask, any, s, executor::kWarpSize, file, line);
-  }
-  return any != 0;
+  return executor::any(mask, predicate, {file, line});
 }
 
 // One thread runs at a time: nothing can come between the two steps.
@@ -120,6 +117,17 @@ T atomicAdd(T* address, std::enable_if_t<true, T> value) {
   *address = old + value;
   return old;
 }
+
+namespace executor {
+
+// The running thread is about to access memory; or, with no address, stands by while others of its
+// warp do. See traffic.h.
+void count(int kind, const void* address, size_t bytes);
+
+// Of the current device: 75 for 7.5.
+int compute_capability();
+
+}  // namespace executor
 
 // ---- runtime ------------------------------------------------------------------------------------
 
