@@ -384,14 +384,14 @@ class _Parser:
         entries.sort(key=lambda entry: sort_key(entry[1]))
         return [e[0] for e in entries], [e[1] for e in entries], [e[2] for e in entries]
 
-    # ---- objects ---------------------------------------------------------------------------------
-
     def _check_meaning(self, own: Mapping[Key, str], known: Mapping[Any, str]) -> None:
         names = {key_of(identifier): name for identifier, name in known.items()}
         for key, name in own.items():
             if names.get(key) != name:
                 meaning = repr(names[key]) if key in names else "nothing"
                 self._fail(f"category {key} is {name!r}, for the model it is {meaning}")
+
+    # ---- objects ---------------------------------------------------------------------------------
 
     def _objects(self, records: list[Any], result: Annotations) -> None:
         """Fill in the objects of ``result``."""
