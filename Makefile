@@ -6,6 +6,10 @@
 #   make bench       build, then run every benchmark of the README, but for the next (an hour)
 #   make convergence build, then compare training with deformable and dense attention (an hour)
 #   make bench-check build, then hold speed against the committed ratios (two minutes)
+#   make fuzz        build, then try to break the operator with random and hostile calls: MINUTES=1
+#   make sanitize    the same under address, undefined-behaviour and thread sanitizers, and tests
+#   make arm         the CPU kernels compiled for 64-bit Arm, run by qemu on random problems
+#   make reliability the three for as long as the README's table says, and write its files (an hour)
 #   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
 #   make lint        check format, style and types
 #   make machine-code  compile the CUDA kernels for sm_90 and hold the machine code against the budget
@@ -20,6 +24,9 @@ PYTHON ?= python3
 VENV ?= .venv
 ABI_TORCH ?= torch==2.10.0 torch
 GPU_OPTIONS ?=
+MINUTES ?= 1
+FUZZ_OPTIONS ?=
+RELIABILITY ?= benchmarks/results/reliability
 BENCH ?= build/bench
 
 ifeq ($(VENV),)
@@ -32,7 +39,8 @@ else
 endif
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda_executor tests/cuda_executor/* benchmarks, \
+FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda_executor tests/cuda_executor/* tests/fuzz \
+  benchmarks, \
   $(foreach kind,h cpp cuh cu,$(folder)/*.$(kind))))
 # What must hold for every instruction set, not only the best one of this machine.
 KERNEL_TESTS := tests/test_forward.py tests/test_backward.py tests/test_module.py
@@ -47,8 +55,8 @@ export MSDA_BUILD_DIR := build/cmake
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 FOR_ARCHITECTURES := TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
-.PHONY: demo quickstart test bench convergence bench-check gpu lint machine-code memory-traffic abi \
-  clean executor
+.PHONY: demo quickstart test bench convergence bench-check fuzz sanitize arm reliability gpu lint \
+  machine-code memory-traffic abi clean executor
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
@@ -57,11 +65,11 @@ demo: build/installed.stamp
 quickstart: build/installed.stamp
 	$(RUN) examples/quickstart.py
 
-# The CUDA kernels on the CPU, for the tests.
+# What the tests run without torch: the CUDA kernels on the CPU, and the CPU kernels on random problems.
 executor: build/installed.stamp
-	$(FOR_ARCHITECTURES) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON \
+	$(FOR_ARCHITECTURES) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON -DMSDA_FUZZ=ON \
 	  -DPython3_EXECUTABLE=$$($(RUN) -c "import sys; print(sys.executable)")
-	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor
+	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor kernels_fuzz
 
 test: executor
 	set -e; workers=$$($(RUN) -c "$(SIDE_BY_SIDE)"); \
@@ -88,6 +96,15 @@ convergence: build/installed.stamp
 
 bench-check: build/installed.stamp
 	$(RUN) benchmarks/bench_check.py $(CHECK)
+
+fuzz sanitize arm: build/installed.stamp
+	$(RUN) tests/fuzz/run.py $@ --minutes $(MINUTES) $(FUZZ_OPTIONS)
+
+reliability: build/installed.stamp
+	$(RUN) tests/fuzz/run.py fuzz --minutes 20 --output $(RELIABILITY)/fuzz.json
+	$(RUN) tests/fuzz/run.py sanitize --minutes 8 --output $(RELIABILITY)/sanitize.json
+	$(RUN) tests/fuzz/run.py arm --minutes 5 --output $(RELIABILITY)/arm.json
+	$(RUN) benchmarks/report.py
 
 gpu: $(REQUIREMENTS)
 	$(RUN) benchmarks/gpu.py all $(GPU_OPTIONS)

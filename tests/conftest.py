@@ -220,10 +220,10 @@ OPERATOR = {Inputs: msda.ms_deform_attn, FusedInputs: msda.ms_deform_attn_fused}
 REFERENCE = {Inputs: ms_deform_attn_reference, FusedInputs: ms_deform_attn_fused_reference}
 
 
-def call(functions, inputs, **options):
+def call(functions, inputs, *, start_index=None, **options):
     """Call the plain or the fused one of ``functions``, whichever ``inputs`` are for."""
     value, *others = inputs.tensors()
-    arguments = (value, inputs.spatial_shapes, None, *others)
+    arguments = (value, inputs.spatial_shapes, start_index, *others)
     if isinstance(inputs, FusedInputs):
         options = {"padding_mask": inputs.padding_mask} | options
     return functions[type(inputs)](*arguments, **{"num_points": inputs.num_points} | options)
@@ -337,34 +337,47 @@ def random_like_output(inputs, seed=7):
     return torch.randn(size, generator=random).to(value.device, value.dtype)
 
 
-def off_edges(inputs, margin=0.01):
-    """Move each sample ``margin`` of a pixel away from the cell edges.
+def to_pixels(inputs):
+    """Points (B, Q, M, K, 2) as given, and the ``origin`` and ``step`` that make pixels of them.
 
-    There the derivative of bilinear interpolation jumps, and the nearest pixel changes: two right
-    answers may differ in the last bit of a coordinate and by far in the result.
+    All in float64; the pixel coordinates are origin + step * points.
     """
     shapes, num_levels = inputs.spatial_shapes, len(inputs.spatial_shapes)
     fused = isinstance(inputs, FusedInputs)
-    name = "sampling_offsets" if fused else "sampling_locations"
-    given = getattr(inputs, name)
+    given = inputs.sampling_offsets if fused else inputs.sampling_locations
     ragged = inputs.num_points is not None
     counts = inputs.num_points if ragged else [given.shape[4]] * num_levels
     levels = torch.tensor(
         [level for level, count in enumerate(counts) for _ in range(count)]
     ).long()
     size = torch.tensor([(width, height) for height, width in shapes]).double()[levels]  # (K, 2)
-    points = given.double().cpu().flatten(3, -2)  # (B, Q, M, K, 2)
+    points = given.double().cpu().flatten(3, -2)
+    if not fused:
+        return points, torch.tensor(-0.5).double(), size
+    reference = inputs.reference_points.double().cpu().expand(-1, -1, num_levels, -1)
+    reference = reference[:, :, levels].unsqueeze(2)  # (B, Q, 1, K, 2 or 4)
+    origin, step = reference[..., :2] * size - 0.5, torch.ones(()).double()
+    if reference.shape[-1] == 4:
+        count_of_sample = torch.tensor(counts).double()[levels].unsqueeze(-1)
+        step = reference[..., 2:] * size / (2 * count_of_sample)
+    return points, origin, step
 
-    # Pixel coordinates are origin + step * given.
-    origin, step = torch.zeros(()).double(), size
-    if fused:
-        reference = inputs.reference_points.double().cpu().expand(-1, -1, num_levels, -1)
-        reference = reference[:, :, levels].unsqueeze(2)  # (B, Q, 1, K, 2 or 4)
-        origin, step = reference[..., :2] * size, torch.ones(()).double()
-        if reference.shape[-1] == 4:
-            count_of_sample = torch.tensor(counts).double()[levels].unsqueeze(-1)
-            step = reference[..., 2:] * size / (2 * count_of_sample)
-    pixel = origin + step * points - 0.5
+
+def with_points(inputs, points):
+    """A copy of ``inputs`` with these points, of any shape and dtype, in place of its own."""
+    fused = isinstance(inputs, FusedInputs)
+    name = "sampling_offsets" if fused else "sampling_locations"
+    given = getattr(inputs, name)
+    return replace(inputs, **{name: points.reshape(given.shape).to(given)})
+
+
+def off_edges(inputs, margin=0.01):
+    """Move each sample ``margin`` of a pixel away from the cell edges.
+
+    There the derivative of bilinear interpolation jumps, and the nearest pixel changes: two right
+    answers may differ in the last bit of a coordinate and by far in the result.
+    """
+    points, origin, step = to_pixels(inputs)
+    pixel = origin + step * points
     pixel = pixel.floor() + (pixel - pixel.floor()).clamp(margin, 1 - margin)
-    points = (pixel + 0.5 - origin) / step
-    return replace(inputs, **{name: points.view(given.shape).to(given)})
+    return with_points(inputs, (pixel - origin) / step)
