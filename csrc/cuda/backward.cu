@@ -39,7 +39,7 @@ void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
     const int64_t references = problem.batch * problem.num_queries * problem.reference_levels;
     const Array grad_reference = outputs.grad_reference;
     launch(backward_reference_kernel<acc_t<T>>, unsigned(divide_up(references, kThreadsPerBlock)),
-           kThreadsPerBlock, call.stream, params, grad_reference, references);
+           kThreadsPerBlock, call.stream, params, grad_reference, uint32_t(references));
   }
 }
 

@@ -256,7 +256,8 @@ class ValueGradient {
 // Blocks that a multiprocessor is to hold at once: what the registers are cut to.
 template <class T, int kLanes, bool kExact, bool kFused, bool kCommon>
 constexpr int backward_blocks() {
-  if (sizeof(T) == 8 || (sizeof(T) == 2 && !kExact && kFused)) return 3;
+  if (sizeof(T) == 8) return 3;
+  if (sizeof(T) == 2 && kFused && !kCommon && kLanes == 8) return 3;
   return kCommon && !kFused && kLanes > 2 ? 5 : 4;
 }
 
@@ -392,19 +393,19 @@ template <class Real>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     backward_reference_kernel(const __grid_constant__ BackwardParams params,
                               const __grid_constant__ Array grad_reference,
-                              const int64_t num_references) {
+                              const uint32_t num_references) {
   __shared__ DeviceLevel staged_levels[kMaxLevels];
   const Sampling& sampling = params.sampling;
   const DeviceLevel* const levels = stage_levels(sampling, staged_levels);
-  const int64_t reference = int64_t(blockIdx.x) * kThreadsPerBlock + threadIdx.x;  // of B * Q * L
+  const uint32_t reference = blockIdx.x * kThreadsPerBlock + threadIdx.x;  // of B * Q * L
   if (reference >= num_references) return;
-  const int64_t query = reference / sampling.reference_levels;
-  const int own_level = int(reference % sampling.reference_levels);
+  const int64_t query = reference / uint32_t(sampling.reference_levels);
+  const int own_level = int(reference % uint32_t(sampling.reference_levels));
   const bool is_shared = sampling.reference_levels == 1, is_box = sampling.reference_size == 4;
   const int first_level = is_shared ? 0 : own_level;
   const int last_level = is_shared ? sampling.num_levels : own_level + 1;
 
-  const int64_t first = reference * sampling.reference_size;
+  const int64_t first = int64_t(reference) * sampling.reference_size;
   Pair<Real> extent = {0, 0};  // width and height of a box
   if (is_box) {
     extent.x = load_number<Real>(sampling.reference, first + 2);

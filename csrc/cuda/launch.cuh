@@ -42,6 +42,8 @@ inline void check_fits(const Problem& problem) {
              problem.num_heads * problem.head_dim);
   const int64_t heads = problem.batch * problem.num_queries * problem.num_heads;
   check_fits(heads < k31, "the points", "be of fewer than 2^31 queries times heads", heads);
+  const int64_t references = problem.batch * problem.num_queries * problem.reference_levels;
+  check_fits(references < k31, "reference_points", "be fewer than 2^31", references);
   check_fits(problem.num_samples < k31 / 2, "the points", "be fewer than 2^30 for a query and head",
              problem.num_samples);
   for (int64_t l = 0; l < problem.num_levels; ++l) {
