@@ -128,9 +128,22 @@ Tensor new_empty(const char* name, const Tensor& like, const Sizes& sizes, Scala
                    [&] { return torch::stable::new_empty(like, sizes, type); });
 }
 
-// The tensor itself where it is contiguous: asking torch's dispatcher would take a microsecond.
+Tensor aligned_copy(const Tensor& tensor, const char* name) {
+  return in_memory(name, " once more, aligned", tensor, sizes_of(tensor), tensor.scalar_type(),
+                   [&] { return torch::stable::clone(tensor); });
+}
+
+bool is_aligned(const Tensor& tensor, size_t bytes) {
+  return reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % bytes == 0;
+}
+
+// The tensor itself where it is contiguous: asking torch's dispatcher would take a microsecond. The
+// CPU kernels read it wherever it lies, those on CUDA only whole elements.
 Tensor dense(const Tensor& tensor, const char* name) {
-  if (tensor.is_contiguous()) return tensor;
+  if (tensor.is_contiguous()) {
+    const bool is_readable = tensor.is_cpu() || is_aligned(tensor, tensor.element_size());
+    return is_readable ? tensor : aligned_copy(tensor, name);
+  }
   return in_memory(name, " once more, without gaps", tensor, sizes_of(tensor), tensor.scalar_type(),
                    [&] { return torch::stable::contiguous(tensor); });
 }
@@ -187,11 +200,9 @@ struct Call {
   // The same for numbers that CUDA kernels read in pairs, which must be aligned to pairs.
   const Tensor& keep_pairs(const Tensor& tensor, const Argument& argument) {
     const Tensor& kept_tensor = keep(tensor, argument);
-    const auto address = reinterpret_cast<uintptr_t>(kept_tensor.const_data_ptr());
-    if (kept_tensor.is_cpu() || address % (2 * kept_tensor.element_size()) == 0) return kept_tensor;
-    return kept.back() =
-               in_memory(argument.name, " once more, aligned", tensor, sizes_of(tensor),
-                         tensor.scalar_type(), [&] { return torch::stable::clone(kept_tensor); });
+    const bool is_readable =
+        kept_tensor.is_cpu() || is_aligned(kept_tensor, 2 * kept_tensor.element_size());
+    return is_readable ? kept_tensor : kept.back() = aligned_copy(kept_tensor, argument.name);
   }
 };
 
@@ -406,13 +417,28 @@ void run_backward_cpu(const Problem& problem, const BackwardInputs& inputs,
   const CpuKernels& kernels = cpu_kernels();
   if (sums_in_place(problem)) zero_fill(grad_value);
   const int64_t num_heads = problem.batch * problem.num_heads;
-  const bool by_level = split_by_level(num_heads);
+  const bool by_level = problem.num_levels > 1 && split_by_level(num_heads);
   const int64_t num_parts = by_level ? problem.num_levels : 1;
+  const int64_t num_rows = num_heads * problem.num_queries;
+  BackwardOutputs parts = outputs;
+  std::optional<Tensor> softmax_gradient;  // where tasks see parts of a softmax only
+  if (by_level && problem.is_fused && outputs.grad_weights.is_wanted) {
+    softmax_gradient = new_empty("the scratch space of the softmax's gradient", grad_value,
+                                 {num_rows * problem.num_samples}, sum_type(grad_value));
+    parts.grad_weights = gradient_array(*softmax_gradient, true);
+  }
   parallel_for(0, num_heads * num_parts,
                grain_size(work_per_query_and_head(problem) * problem.num_queries / num_parts),
                [&](int64_t first, int64_t last) {
-                 kernels.backward(problem, inputs, outputs, by_level, first, last);
+                 kernels.backward(problem, inputs, parts, by_level, first, last);
                });
+  if (softmax_gradient) {
+    const ConstArray left = const_array(*softmax_gradient);
+    parallel_for(0, num_rows, grain_size(16 * problem.num_samples),
+                 [&](int64_t first, int64_t last) {
+                   kernels.backward_softmax(problem, left, outputs, first, last);
+                 });
+  }
   if (outputs.grad_reference.is_wanted) {
     parallel_for(0, problem.batch * problem.num_queries,
                  grain_size(work_per_query_and_head(problem) * problem.num_heads / 4),
