@@ -257,7 +257,8 @@ def test_a_full_disk_while_the_one_before_is_copied_costs_nothing(path, monkeypa
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is full")
 def test_a_really_full_disk_costs_nothing_either(path, monkeypatch):
-    monkeypatch.setattr(saving, "open", lambda _, mode: Path("/dev/full").open(mode), raising=False)
+    device = Path("/dev/full")
+    monkeypatch.setattr(saving, "open", lambda _, mode: device.open(mode), raising=False)
     message = r"last\.pt could not be written \(.*No space left on device\); its last version is"
     for size in (1, 10, 4000, 1_000_000):  # one fits the buffer, and fails where that is emptied
         with pytest.raises(saving.CheckpointError, match=message):
