@@ -557,7 +557,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_is_no_checkpoint_is_told_by_its_kind(tmp_path, kind, suffix):
     make, message = OTHERS[kind]
@@ -585,8 +585,11 @@ def test_a_missing_file_is_told_with_what_is_beside_it(tmp_path):
     torch.save({}, tmp_path / "r50-e49.pth")
     assert refusal(tmp_path / "r50.pth").endswith("does not exist; its folder holds r50-e49.pth")
     assert refusal(tmp_path / "no" / "r50.pth").endswith("does not exist; nor does its folder")
-    given = refusal(tmp_path, option="--weights")
-    assert given.endswith(f"got a folder; give a file in it: --weights {tmp_path}/r50-e49.pth")
+    for option, given in (("--weights", "--weights "), ("", "")):
+        said = refusal(tmp_path, option=option)
+        assert said.endswith(f"got a folder; give a file in it: {given}{tmp_path}/r50-e49.pth")
+    with pytest.raises(FileNotFoundError, match="is an address: download it first, and give the"):
+        read_checkpoint("https://example.org/r50.pth")
     (tmp_path / "link.pth").symlink_to(tmp_path / "gone.pth")
     assert "does not exist" in refusal(tmp_path / "link.pth")
 
@@ -682,6 +685,10 @@ def test_folders_of_transformers_are_told_apart(tmp_path, weights):
     config.write_text(json.dumps({"model_type": "deformable_detr"}))
     assert "must hold model.safetensors or pytorch_model.bin beside config.json" in (
         refusal(tmp_path)
+    )
+    OTHERS["lfs"][0](tmp_path / "model.safetensors")
+    assert refusal(tmp_path).startswith(
+        f"{tmp_path}: model.safetensors in it must be a checkpoint, got a git-lfs pointer to a file"
     )
 
 

@@ -182,7 +182,10 @@ def _read_transformers_folder(folder: Path) -> Checkpoint:
     weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if weights is None:
         raise ValueError(f"must hold {' or '.join(_WEIGHTS)} beside config.json, got neither")
-    state = from_transformers(_bare(files.read(weights)))
+    try:
+        state = from_transformers(_bare(files.read(weights)))
+    except ValueError as error:
+        raise ValueError(f"{weights.name} in it {error}") from error
     model = config_from_state(state, **settings)
     names = theirs.get("id2label", {})
     categories = [names[label] for label in sorted(names, key=int)]

@@ -78,8 +78,10 @@ def _check_is_file(path: Path, option: str) -> None:
         inside = _checkpoints_in(path)
         advice = "give a file"
         if inside:
-            advice += f" in it: {option} {' or '.join(map(str, inside))}"
+            advice += " in it: " + " or ".join(f"{option} {file}".strip() for file in inside)
         raise ValueError(f"must be a checkpoint, got a folder; {advice}")
+    if str(path).startswith(("http:", "https:")):
+        raise FileNotFoundError(f"{path} is an address: download it first, and give the file")
     if not path.exists():
         beside = _checkpoints_in(path.parent)
         advice = "check the name" if path.parent.exists() else "nor does its folder"
@@ -131,7 +133,8 @@ def _substitute(path: Path, option: str) -> str | None:
             if option == "--resume" and "optimizer" not in content:
                 option = "--weights"
             step = f" (step {content['step']})" if "step" in content else ""
-            return f"; {other}{step} is whole: give that instead, {option} {other}"
+            given = f", {option} {other}" if option else ""
+            return f"; {other}{step} is whole: give that instead{given}"
     return None
 
 
@@ -144,7 +147,7 @@ def _contents(file: BinaryIO, path: Path) -> tuple[Any, bool | None]:
     if not start.strip(b"\0"):
         kind = "zeros" if start else "an empty file"
         raise Damaged(f"must be a checkpoint, got {kind}: what it held is lost")
-    if _is_safetensors(start, path):
+    if start[5:9] == b"\0\0\0{":  # the length of a header, eight bytes, and the header, JSON
         return _from(safetensors().load_file, path), None
     sealed = seals.holds(file)
     if sealed is False:
@@ -194,11 +197,6 @@ def safetensors() -> ModuleType:
             "files of transformers need the package safetensors: pip install safetensors"
         ) from None
     return safetensors.torch
-
-
-def _is_safetensors(start: bytes, path: Path) -> bool:
-    """Such a file begins with the length of its header, eight bytes, and the header, JSON."""
-    return start[5:9] == b"\0\0\0{" or path.suffix == ".safetensors"
 
 
 # ---- archives ------------------------------------------------------------------------------------
