@@ -101,6 +101,33 @@ def test_a_checkpoint_whose_checksum_was_removed_is_noticed(path):
         saving.load(path)
 
 
+def test_a_disk_that_cannot_be_read_any_more_is_noticed(path, monkeypatch):
+    class Bad:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def read(self, size=-1):
+            if self.file.tell() > 10_000:
+                raise OSError(errno.EIO, "Input/output error")
+            return self.file.read(min(size, 1000))
+
+    def open_bad(name, mode):
+        return Bad(open(name, mode)) if name == path else open(name, mode)
+
+    monkeypatch.setattr(files, "open", open_bad, raising=False)
+    with pytest.raises(saving.CheckpointError, match=r"Input/output error; .*prev.*\(step 1"):
+        saving.load(path)
+
+
 def test_every_program_refuses_a_damaged_file(path):
     damaged = bytearray(path.read_bytes())
     damaged[len(damaged) // 2] ^= 4

@@ -304,6 +304,10 @@ PLACES = {
         "state_dict": _prefixed(w, "model.") | {"criterion.empty_weight": torch.ones(8)},
         "hyper_parameters": DictConfig(lr=1e-4),
     },
+    "dict_class": lambda w: DictConfig(model=DictConfig(**w), epoch=3),
+    "object": lambda w: _with(Outer(), {"model": w, "epoch": 3}),
+    "object_within": lambda w: {"model": _zeros(w), "ema": _with(Outer(), {"module": w})},
+    "model_object_beside": lambda w: {"ema": nn.Linear(2, 2), "state_dict": w},
     "optimizer_before": lambda w: {"optimizer": optimizer_state(), "model": w},
     **{
         prefix: lambda w, prefix=prefix: {"model": _prefixed(w, prefix)}
