@@ -562,14 +562,17 @@ def cpu_table() -> str:
     for path in sorted(RESULTS.glob("*/cpu.json")):
         results = json.loads(path.read_text())
         parts += [cpu_heading(path, results, f"{results['threads']} threads, ")]
-        parts += ["\n".join(rows(results)) for rows in (_precision, _waiting, _demo)]
+        tables = {"precision": _precision, "waiting": _waiting, "demo": _demo}
+        parts += [
+            "\n".join(make(results[name])) for name, make in tables.items() if name in results
+        ]
     return "\n\n".join(parts) or NO_CPU_FIGURE
 
 
-def _precision(results: dict) -> list[str]:
+def _precision(rows: list[dict]) -> list[str]:
     """A line per task, a column per precision and kind of pages."""
     by_task: dict[str, dict[str, float]] = {}
-    for row in results["precision"]:
+    for row in rows:
         column = f"{AMP_NAMES[row['amp']]}, {row['pages']} pages"
         by_task.setdefault(row["task"], {})[column] = row["images_per_second"]
     columns = list(next(iter(by_task.values())))
@@ -592,7 +595,7 @@ def _waiting(results: dict) -> list[str]:
         "| per second of processor time, alone | among them |",
         "|---|---|---|---|---|",
     ]
-    for row in results["waiting"]:
+    for row in results["rows"]:
         speeds = [
             f"{row[where][name]:.3g}"
             for name in ("images_per_second", "images_per_processor_second")
@@ -604,7 +607,7 @@ def _waiting(results: dict) -> list[str]:
 
 def _demo(results: dict) -> list[str]:
     """Average precision by the precision of training and evaluation."""
-    found = {(row["trained"], row["evaluated"]): row["AP"] for row in results["demo"]}
+    found = {(row["trained"], row["evaluated"]): row["AP"] for row in results["rows"]}
     columns = [f"evaluated in {name}" for name in AMP_NAMES.values()]
     lines = [
         f"| AP of the demo after {results['epochs']} epochs | {' | '.join(columns)} |",

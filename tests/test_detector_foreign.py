@@ -304,6 +304,10 @@ PLACES = {
         "state_dict": _prefixed(w, "model.") | {"criterion.empty_weight": torch.ones(8)},
         "hyper_parameters": DictConfig(lr=1e-4),
     },
+    "dict_class": lambda w: DictConfig(model=DictConfig(**w), epoch=3),
+    "object": lambda w: _with(Outer(), {"model": w, "epoch": 3}),
+    "object_within": lambda w: {"model": _zeros(w), "ema": _with(Outer(), {"module": w})},
+    "model_object_beside": lambda w: {"ema": nn.Linear(2, 2), "state_dict": w},
     "optimizer_before": lambda w: {"optimizer": optimizer_state(), "model": w},
     **{
         prefix: lambda w, prefix=prefix: {"model": _prefixed(w, prefix)}
@@ -475,7 +479,7 @@ def test_pickles_made_by_hand_run_nothing(tmp_path, monkeypatch, kind):
         assert isinstance(made, (pickles.Unknown, type(None)))
     assert os.listdir() == []
     assert {name: dict(vars(kind)) for name, kind in _known_classes().items()} == harmless
-    assert not hasattr(torch._utils._rebuild_tensor, "_function")
+    assert vars(torch._utils._rebuild_tensor) == vars(torch._utils._rebuild_tensor_v2) == {}
     # What the next file asks for is judged as ever.
     with pytest.raises(pickles.Refused, match=r"call of os\.mkdir, which may do anything"):
         pickles.load(io.BytesIO(raw(name("os", "mkdir"), tuple_of(text(FOLDER)), b"R")))
@@ -557,7 +561,7 @@ OTHERS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_is_no_checkpoint_is_told_by_its_kind(tmp_path, kind, suffix):
     make, message = OTHERS[kind]
@@ -585,8 +589,11 @@ def test_a_missing_file_is_told_with_what_is_beside_it(tmp_path):
     torch.save({}, tmp_path / "r50-e49.pth")
     assert refusal(tmp_path / "r50.pth").endswith("does not exist; its folder holds r50-e49.pth")
     assert refusal(tmp_path / "no" / "r50.pth").endswith("does not exist; nor does its folder")
-    given = refusal(tmp_path, option="--weights")
-    assert given.endswith(f"got a folder; give a file in it: --weights {tmp_path}/r50-e49.pth")
+    for option, given in (("--weights", "--weights "), ("", "")):
+        said = refusal(tmp_path, option=option)
+        assert said.endswith(f"got a folder; give a file in it: {given}{tmp_path}/r50-e49.pth")
+    with pytest.raises(FileNotFoundError, match="is an address: download it first, and give the"):
+        read_checkpoint("https://example.org/r50.pth")
     (tmp_path / "link.pth").symlink_to(tmp_path / "gone.pth")
     assert "does not exist" in refusal(tmp_path / "link.pth")
 
@@ -682,6 +689,10 @@ def test_folders_of_transformers_are_told_apart(tmp_path, weights):
     config.write_text(json.dumps({"model_type": "deformable_detr"}))
     assert "must hold model.safetensors or pytorch_model.bin beside config.json" in (
         refusal(tmp_path)
+    )
+    OTHERS["lfs"][0](tmp_path / "model.safetensors")
+    assert refusal(tmp_path).startswith(
+        f"{tmp_path}: model.safetensors in it must be a checkpoint, got a git-lfs pointer to a file"
     )
 
 

@@ -129,6 +129,25 @@ def test_two_never_have_a_folder_at_once(tmp_path):
     assert [process.exitcode for process in both] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "made_again"])
+def test_a_file_that_went_before_it_was_locked_counts_for_nothing(tmp_path, monkeypatch, again):
+    """The run before removes it at its end, and another one may have begun since."""
+    name, calls, lock = tmp_path / locks.NAME, [], locks.fcntl.flock
+
+    def remove_first(descriptor, how):
+        if not calls:
+            name.unlink()
+            if again:
+                name.write_text("")
+        calls.append(how)
+        lock(descriptor, how)
+
+    monkeypatch.setattr(locks.fcntl, "flock", remove_first)
+    with folder_locked(tmp_path):
+        assert len(calls) == 2
+        assert f"process {os.getpid()} on" in refusal(tmp_path)
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, None])
 def test_a_file_system_without_locks_is_told_and_who_runs_here_is_found(
     tmp_path, monkeypatch, caplog, number

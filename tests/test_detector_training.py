@@ -703,6 +703,7 @@ def test_the_program_trains_stops_resumes_and_fine_tunes(shapes, tmp_path, capsy
     assert running.returncode == 128 + signal.SIGTERM, output
     assert "Traceback" not in output
     last = folder / "last.pt"
+    assert not (folder / "run.lock").exists()
     assert (
         f"Stopped (SIGTERM) and saved. To go on: python {train.__file__} --resume {last}" in output
     )

@@ -109,8 +109,7 @@ def _state_dicts(content: dict[str, Any], depth: int = 3) -> Iterator[State]:
     """Dictionaries with tensors, in which others are under the usual names."""
     if depth > 0:
         for name in _NESTED:
-            if isinstance(content.get(name), dict):
-                yield from _state_dicts(content[name], depth - 1)
+            yield from _state_dicts(pickles.entries_of(content.get(name)), depth - 1)
     if any(isinstance(value, Tensor) for value in content.values()):
         yield content
 
@@ -182,7 +181,10 @@ def _read_transformers_folder(folder: Path) -> Checkpoint:
     weights = next((folder / name for name in _WEIGHTS if (folder / name).exists()), None)
     if weights is None:
         raise ValueError(f"must hold {' or '.join(_WEIGHTS)} beside config.json, got neither")
-    state = from_transformers(_bare(files.read(weights)))
+    try:
+        state = from_transformers(_bare(files.read(weights)))
+    except ValueError as error:
+        raise ValueError(f"{weights.name} in it {error}") from error
     model = config_from_state(state, **settings)
     names = theirs.get("id2label", {})
     categories = [names[label] for label in sorted(names, key=int)]
@@ -212,7 +214,7 @@ _ARGUMENTS = {
 
 
 def _settings_of(arguments: Any) -> dict[str, Any]:
-    given = pickles.settings_of(arguments)
+    given = pickles.entries_of(arguments)
     return {
         ours: given[theirs]
         for ours, theirs in _ARGUMENTS.items()

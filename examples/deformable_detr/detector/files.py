@@ -51,6 +51,7 @@ def read(path: Path, option: str = "") -> dict[str, Any]:
     try:
         with _open(path) as file:
             content, sealed = _contents(file, path)
+        content = _as_dict(content)
     except ValueError as error:
         advice = _substitute(path, option)
         if advice is None:
@@ -58,15 +59,7 @@ def read(path: Path, option: str = "") -> dict[str, Any]:
                 raise
             advice = "; fetch or copy it again"
         raise ValueError(f"{error}{advice}") from error
-    if not isinstance(content, dict) or isinstance(content, pickles.Unknown):
-        kind = type(content).__name__
-        if isinstance(content, pickles.Unknown):
-            kind = (
-                f"an object of the class {content.origin}: write the dictionary of its weights "
-                "(state_dict()) with the program that it is from"
-            )
-        raise ValueError(f"must hold a dict, got {kind}")
-    if "format" in content and not sealed:
+    if isinstance(content.get("format"), int) and not sealed:
         logger.warning(
             "%s holds no checksum, as older versions wrote it: damage is not always noticed", path
         )
@@ -78,8 +71,10 @@ def _check_is_file(path: Path, option: str) -> None:
         inside = _checkpoints_in(path)
         advice = "give a file"
         if inside:
-            advice += f" in it: {option} {' or '.join(map(str, inside))}"
+            advice += " in it: " + " or ".join(f"{option} {file}".strip() for file in inside)
         raise ValueError(f"must be a checkpoint, got a folder; {advice}")
+    if str(path).startswith(("http:", "https:")):
+        raise FileNotFoundError(f"{path} is an address: download it first, and give the file")
     if not path.exists():
         beside = _checkpoints_in(path.parent)
         advice = "check the name" if path.parent.exists() else "nor does its folder"
@@ -131,7 +126,8 @@ def _substitute(path: Path, option: str) -> str | None:
             if option == "--resume" and "optimizer" not in content:
                 option = "--weights"
             step = f" (step {content['step']})" if "step" in content else ""
-            return f"; {other}{step} is whole: give that instead, {option} {other}"
+            given = f", {option} {other}" if option else ""
+            return f"; {other}{step} is whole: give that instead{given}"
     return None
 
 
@@ -140,13 +136,16 @@ def _substitute(path: Path, option: str) -> str | None:
 
 def _contents(file: BinaryIO, path: Path) -> tuple[Any, bool | None]:
     """What a file holds, and whether its checksum says so; None: it has none."""
-    start = file.read(512)
+    try:
+        start, sealed = file.read(512), seals.holds(file)
+    except OSError as error:  # of the disk: it could be opened
+        raise Damaged(f"must be a checkpoint, but reading it failed: {error}") from error
     if not start.strip(b"\0"):
         kind = "zeros" if start else "an empty file"
         raise Damaged(f"must be a checkpoint, got {kind}: what it held is lost")
-    if _is_safetensors(start, path):
-        return _from(safetensors().load_file, path), None
-    sealed = seals.holds(file)
+    if start[5:9] == b"\0\0\0{":  # the length of a header, eight bytes, and the header, JSON
+        load_file = safetensors().load_file
+        return _from(load_file, path), None
     if sealed is False:
         raise Damaged("is damaged: its bytes do not give the checksum at its end")
     if start.startswith(b"PK\3\4"):
@@ -158,6 +157,21 @@ def _contents(file: BinaryIO, path: Path) -> tuple[Any, bool | None]:
     if sealed is None and isinstance(content, dict) and content.get(SEALED):
         raise Damaged("is damaged: the checksum at its end is missing")
     return content, sealed
+
+
+def _as_dict(content: Any) -> dict[str, Any]:
+    """The entries of a dictionary of any class, or the attributes of an object with weights."""
+    if isinstance(content, pickles.Unknown):
+        entries = pickles.entries_of(content)
+        if entries and "_modules" not in entries:
+            return entries
+        raise ValueError(
+            f"must hold a dict, got an object of the class {content.origin}: write the dictionary "
+            "of its weights (state_dict()) with the program that it is from"
+        )
+    if not isinstance(content, dict):
+        raise ValueError(f"must hold a dict, got {type(content).__name__}")
+    return content
 
 
 def _unpickle(file: BinaryIO) -> Any:
@@ -178,8 +192,6 @@ def _from(read: Any, source: Any) -> Any:
             f"must be a checkpoint, but {error}: nothing of it was run, and it is not read; write "
             "the dictionary of its weights (state_dict()) with the program that it is from"
         ) from error
-    except OSError:
-        raise
     except Exception as error:  # they raise many kinds for a damaged file
         cause = str(error).partition("\n")[0]
         raise Damaged(f"must be a checkpoint, but reading it failed: {cause}") from error
@@ -194,11 +206,6 @@ def safetensors() -> ModuleType:
             "files of transformers need the package safetensors: pip install safetensors"
         ) from None
     return safetensors.torch
-
-
-def _is_safetensors(start: bytes, path: Path) -> bool:
-    """Such a file begins with the length of its header, eight bytes, and the header, JSON."""
-    return start[5:9] == b"\0\0\0{" or path.suffix == ".safetensors"
 
 
 # ---- archives ------------------------------------------------------------------------------------

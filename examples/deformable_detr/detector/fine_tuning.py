@@ -79,11 +79,9 @@ def check_classes(checkpoint: Mapping[str, Any], path: str, train_set: CocoDetec
     Raises:
         ValueError: they are others; says what to type.
     """
-    ids = [
-        list(map(str, numbers)) for numbers in (checkpoint["category_ids"], train_set.category_ids)
-    ]
-    if ids[0] != ids[1]:
+    known, given = checkpoint["category_ids"], train_set.category_ids
+    if list(map(str, known)) != list(map(str, given)):
         raise ValueError(
-            f"a run must be resumed on its classes, the ids {shortened(ids[0])} in {path}, got "
-            f"{shortened(ids[1])}; to start anew on others: --weights {path} --reset-classes"
+            f"a run must be resumed on its classes, the ids {shortened(known)} in {path}, got "
+            f"{shortened(given)}; to start anew on others: --weights {path} --reset-classes"
         )

@@ -18,7 +18,7 @@ import pickle
 import re
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, BinaryIO
 
@@ -69,13 +69,12 @@ class Unknown(dict, metaclass=_Class):
     extend = add = append
 
 
-def settings_of(value: Any) -> Mapping[str, Any]:
-    """The settings in the entries of a dictionary and in the attributes of any object."""
+def entries_of(value: Any) -> dict[str, Any]:
+    """The entries of a dictionary of any class, or else the attributes of an object."""
+    if isinstance(value, dict) and value:
+        return dict(value)
     attributes = getattr(value, "attributes", None)
-    return {
-        **(value if isinstance(value, dict) else {}),
-        **(attributes if isinstance(attributes, dict) else {}),
-    }
+    return attributes if isinstance(attributes, dict) else {}
 
 
 # Modules of the standard library whose classes and functions do no more than hold values. Nothing

@@ -79,10 +79,11 @@ def _unfinished(path: Path) -> Path:
 def _remove_what_others_left(folder: Path) -> None:
     """Remove what processes of this machine that are no more had begun to write."""
     name = re.compile(rf".+\.{re.escape(socket.gethostname())}\.(\d+)\.unfinished")
-    for file in folder.iterdir():
-        match = name.fullmatch(file.name)
-        if match and not processes.is_running(match[1]):
-            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # somebody else's, in a folder of all
+        for file in folder.iterdir():
+            match = name.fullmatch(file.name)
+            if match and not processes.is_running(match[1]):
+                file.unlink(missing_ok=True)
 
 
 def _keep(path: Path, previous: Path) -> None:
