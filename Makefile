@@ -42,7 +42,7 @@ FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda_executor tests/c
   benchmarks, \
   $(foreach kind,h cpp cuh cu,$(folder)/*.$(kind))))
 # What must hold for every instruction set, not only the best one of this machine.
-KERNEL_TESTS := tests/test_forward.py tests/test_backward.py tests/test_module.py
+KERNEL_TESTS := $(foreach name,forward backward special_numbers module,tests/test_$(name).py)
 OTHER_CAPABILITIES := import msda; i = msda.info(); \
   print(*(set(i['cpu_capabilities_supported']) - {i['cpu_capability']}))
 # Test files side by side, one on each core, where pytest-xdist is installed.

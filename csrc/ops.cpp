@@ -63,9 +63,13 @@ std::string to_string(const Sizes& sizes) {
   return text.str();
 }
 
-// The tensor itself where it is contiguous: asking torch's dispatcher would take a microsecond.
+// The tensor itself where it is contiguous: asking torch's dispatcher would take a microsecond. The
+// CPU kernels read it wherever it lies, those on CUDA only whole elements.
 Tensor dense(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  if (!tensor.is_contiguous()) return torch::stable::contiguous(tensor);
+  if (tensor.is_cpu()) return tensor;
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  return address % tensor.element_size() == 0 ? tensor : torch::stable::clone(tensor);
 }
 
 Sizes sizes_of(const Tensor& tensor) {
@@ -392,13 +396,28 @@ void run_backward_cpu(const Problem& problem, const BackwardInputs& inputs,
   const CpuKernels& kernels = cpu_kernels();
   if (sums_in_place(problem)) zero_fill(grad_value);
   const int64_t num_heads = problem.batch * problem.num_heads;
-  const bool by_level = split_by_level(num_heads);
+  const bool by_level = problem.num_levels > 1 && split_by_level(num_heads);
   const int64_t num_parts = by_level ? problem.num_levels : 1;
+  const int64_t num_rows = num_heads * problem.num_queries;
+  BackwardOutputs parts = outputs;
+  std::optional<Tensor> softmax_gradient;  // where tasks see parts of a softmax only
+  if (by_level && problem.is_fused && outputs.grad_weights.is_wanted) {
+    softmax_gradient = torch::stable::new_empty(grad_value, {num_rows * problem.num_samples},
+                                                sum_type(grad_value));
+    parts.grad_weights = gradient_array(*softmax_gradient, true);
+  }
   parallel_for(0, num_heads * num_parts,
                grain_size(work_per_query_and_head(problem) * problem.num_queries / num_parts),
                [&](int64_t first, int64_t last) {
-                 kernels.backward(problem, inputs, outputs, by_level, first, last);
+                 kernels.backward(problem, inputs, parts, by_level, first, last);
                });
+  if (softmax_gradient) {
+    const ConstArray left = const_array(*softmax_gradient, "grad_weights");
+    parallel_for(0, num_rows, grain_size(16 * problem.num_samples),
+                 [&](int64_t first, int64_t last) {
+                   kernels.backward_softmax(problem, left, outputs, first, last);
+                 });
+  }
   if (outputs.grad_reference.is_wanted) {
     parallel_for(0, problem.batch * problem.num_queries,
                  grain_size(work_per_query_and_head(problem) * problem.num_heads / 4),
@@ -427,7 +446,7 @@ void with_cuda(const Call& call, const Pyramid& pyramid, const F& f) {
   std::optional<Tensor> shapes, level_table;
   cuda_call.shapes_on_device = on_gpu;
   if (on_gpu) {
-    shapes = torch::stable::contiguous(*pyramid.spatial_shapes_tensor);
+    shapes = dense(*pyramid.spatial_shapes_tensor);
     cuda_call.spatial_shapes = shapes->const_data_ptr();
     cuda_call.shapes_are_int64 = shapes->scalar_type() == ScalarType::Long;
   }

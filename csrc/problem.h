@@ -67,7 +67,7 @@ struct ForwardOutputs {
 
 struct BackwardInputs {
   ConstArray grad_output;  // (B, Q, M * D)
-  ConstArray output;       // (B, Q, M * D): what forward returned; read by the fused form only
+  ConstArray output;       // (B, Q, M * D): what forward returned; read by the fused form on CUDA
 };
 
 struct BackwardOutputs {

@@ -8,14 +8,17 @@ corners outside the map equal to zero:
     sample = (1-fy) * [(1-fx) * nw + fx * ne] + fy * [(1-fx) * sw + fx * se]
     output = sum over levels and points of attention_weight * sample
 
-A sample counts if -1 < x < W and -1 < y < H; one that does not (NaN and infinite locations never
-do) contributes exactly zero to the output and to every gradient. Coordinates, softmax and sums are
-float32, or float64 where ``value`` is float64; results have the dtype of ``value``.
+A sample counts if -1 < x < W and -1 < y < H; NaN and infinite locations never do. What is not read
+contributes exactly zero to the output and to every gradient, whatever NaN or Inf it meets there: a
+sample that does not count, a corner outside the map, a padded pixel. What is read and is not finite
+makes what it reaches not finite: NaN, or Inf of either sign, as the order of the sums has it.
+Coordinates, softmax and sums are float32, or float64 where ``value`` is float64; results have the
+dtype of ``value``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +44,21 @@ def ms_deform_attn_reference(
     """
     shapes = _as_pairs(spatial_shapes)
     points = _points_per_level(shapes, sampling_locations, num_points)
+    sample = _sample_bilinear if interpolation == "bilinear" else _sample_nearest
+    return _attend(value, shapes, points, sampling_locations, attention_weights, None, sample)
+
+
+def _attend(
+    value: Tensor,
+    shapes: list[tuple[int, int]],
+    points: list[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    padding_mask: Tensor | None,
+    sample: Callable[..., tuple[Tensor, Tensor]],
+) -> Tensor:
+    if padding_mask is not None:
+        value = value.masked_fill(padding_mask[..., None, None], 0)
     acc_dtype = torch.promote_types(value.dtype, torch.float32)
     batch, _, num_heads, head_dim = value.shape
     num_queries = sampling_locations.shape[1]
@@ -58,8 +76,8 @@ def ms_deform_attn_reference(
         level = value[:, keys].to(acc_dtype).permute(0, 2, 3, 1)  # (B, M, D, H * W)
         location = locations[:, :, :, samples].transpose(1, 2)  # (B, M, Q, P, 2)
         weight = weights[:, :, :, samples].transpose(1, 2)  # (B, M, Q, P)
-        sample = _sample_bilinear if interpolation == "bilinear" else _sample_nearest
-        sampled, counts = sample(level, height, width, location)  # (B, M, D, Q, P)
+        padding = None if padding_mask is None else padding_mask[:, keys]  # (B, H * W)
+        sampled, counts = sample(level, height, width, location, padding)  # (B, M, D, Q, P)
         weight = torch.where(counts, weight, 0)
         output = output + (sampled * weight.unsqueeze(2)).sum(-1)
     return output.permute(0, 3, 1, 2).flatten(2).to(value.dtype)
@@ -87,11 +105,7 @@ def ms_deform_attn_fused_reference(
         attention_logits,
         torch.promote_types(value.dtype, torch.float32),
     )
-    if padding_mask is not None:
-        value = value.masked_fill(padding_mask[..., None, None], 0)
-    return ms_deform_attn_reference(
-        value, shapes, level_start_index, locations, weights, num_points=points
-    )
+    return _attend(value, shapes, points, locations, weights, padding_mask, _sample_bilinear)
 
 
 def locations_and_weights(
@@ -130,7 +144,11 @@ def locations_and_weights(
         sizes = [[shapes[level][1], shapes[level][0]] for level in levels]
         unit = 1 / offsets.new_tensor(sizes).view(-1, 2)
     weights = attention_logits.to(acc_dtype).flatten(3).softmax(-1)
-    return reference[..., :2] + offsets * unit, weights
+    locations = reference[..., :2] + offsets * unit
+    # Such a sample does not count, and 0 times what made it so is not to become its gradient.
+    finite = locations.isfinite()
+    offsets, unit = torch.where(finite, offsets, 0), torch.where(finite, unit, 0)
+    return torch.where(finite, reference[..., :2] + offsets * unit, locations.detach()), weights
 
 
 def _as_pairs(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
@@ -148,16 +166,18 @@ def _points_per_level(
 
 
 def _sample_bilinear(
-    level: Tensor, height: int, width: int, location: Tensor
+    level: Tensor, height: int, width: int, location: Tensor, padding: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sample a level (B, M, D, H * W) at (B, M, Q, P, 2).
+    """Sample a level (B, M, D, H * W), 0 where ``padding`` (B, H * W), at (B, M, Q, P, 2).
 
     Returns:
-        The samples (B, M, D, Q, P), and which of them count (B, M, Q, P).
+        The samples (B, M, D, Q, P), and which of them count (B, M, Q, P) and read a pixel.
     """
     x = location[..., 0] * width - 0.5
     y = location[..., 1] * height - 0.5
     counts = (x > -1) & (x < width) & (y > -1) & (y < height)
+    if padding is not None:
+        counts = counts & _reads_a_corner(x, y, height, width, counts, padding)
     location = torch.where(counts.unsqueeze(-1), location, -1)  # wholly outside, and finite
     sampled = F.grid_sample(
         level.flatten(0, 1).unflatten(-1, (height, width)),
@@ -169,8 +189,23 @@ def _sample_bilinear(
     return sampled.unflatten(0, level.shape[:2]), counts
 
 
+def _reads_a_corner(
+    x: Tensor, y: Tensor, height: int, width: int, counts: Tensor, padding: Tensor
+) -> Tensor:
+    """Which samples (B, M, Q, P) have a corner that lies in the map and not on padding."""
+    west = torch.where(counts, x, 0).floor().long()
+    north = torch.where(counts, y, 0).floor().long()
+    reads = torch.zeros_like(counts)
+    for column, row in ((west, north), (west + 1, north), (west, north + 1), (west + 1, north + 1)):
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        key = torch.where(inside, row * width + column, 0)
+        is_padding = padding.gather(1, key.flatten(1)).view(key.shape)
+        reads = reads | (inside & ~is_padding)
+    return reads
+
+
 def _sample_nearest(
-    level: Tensor, height: int, width: int, location: Tensor
+    level: Tensor, height: int, width: int, location: Tensor, _: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Like :func:`_sample_bilinear`, by RT-DETRv2's 'discrete' rule: one pixel, clamped."""
     pixel = location.detach() * location.new_tensor([width, height]) + 0.5
@@ -180,4 +215,5 @@ def _sample_nearest(
     y = pixel[..., 1].clamp(0, height - 1).long()
     index = (y * width + x).flatten(2).unsqueeze(2)  # (B, M, 1, Q * P)
     sampled = level.gather(3, index.expand(-1, -1, level.shape[2], -1))
-    return sampled.unflatten(3, location.shape[2:4]), counts
+    sampled = sampled.unflatten(3, location.shape[2:4])
+    return torch.where(counts.unsqueeze(2), sampled, 0), counts

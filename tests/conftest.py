@@ -1,6 +1,7 @@
 """What the tests share: fixtures, awkward sizes, and the calls that they compare."""
 
 import functools
+import types
 from dataclasses import fields, replace
 
 import hypothesis.strategies as st
@@ -237,7 +238,7 @@ def assert_close(actual, expected, tolerance=None, scale=1):
 
 def gradient_tolerance(inputs, name):
     """The tolerance of the gradient's dtype; for logits also that of the output's."""
-    # The softmax's gradient is taken from the output, which was rounded to the dtype of value.
+    # CUDA takes the softmax's gradient from the output, which was rounded to the dtype of value.
     dtypes = [getattr(inputs, name).dtype]
     if name == "attention_logits":
         dtypes.append(inputs.value.dtype)
@@ -298,6 +299,21 @@ def leaves_of(inputs, names):
     """A copy of ``inputs`` in which the arguments called ``names`` require a gradient."""
     tensors = {name: getattr(inputs, name).detach().clone().requires_grad_() for name in names}
     return replace(inputs, **tensors)
+
+
+def off_by_one_byte(tensor):
+    """A copy that begins one byte past an address aligned to its elements."""
+    data = torch.empty(tensor.nbytes + 1, dtype=torch.uint8, device=tensor.device)
+    data[1:] = tensor.contiguous().view(-1).view(torch.uint8)
+    if tensor.device.type == "cpu":
+        shifted = torch.frombuffer(data.numpy(), dtype=tensor.dtype, offset=1)
+    else:
+        integer, size = f"<i{tensor.element_size()}", (tensor.numel(),)
+        place = dict(data=(data.data_ptr() + 1, False), typestr=integer, shape=size, version=2)
+        owner = types.SimpleNamespace(data=data, __cuda_array_interface__=place)
+        shifted = torch.as_tensor(owner, device=tensor.device).view(tensor.dtype)
+    assert shifted.data_ptr() % tensor.element_size() == 1
+    return shifted.view(tensor.shape)
 
 
 def in_float64(inputs):

@@ -13,7 +13,6 @@ from conftest import (
     OPERATOR,
     PLAIN_PYTORCH,
     any_sizes,
-    assert_close,
     assert_gradients_close,
     assert_same_bits,
     awkward_sizes,
@@ -26,6 +25,7 @@ from conftest import (
     gradient_tolerance,
     leaves_of,
     names_of,
+    off_by_one_byte,
     off_edges,
     random_like_output,
     sixteen_bits,
@@ -53,6 +53,24 @@ def subsets(names):
         yield from itertools.combinations(names, size)
 
 
+def call_backward(inputs, grad_output, wanted):
+    """The backward operator itself: gradients by the arguments called ``wanted``, maybe none."""
+    value, *others = inputs.tensors()
+    shapes = [side for shape in inputs.spatial_shapes for side in shape]
+    arguments = [value, shapes, None, None, *others, inputs.num_points or []]
+    needs = [name in wanted for name in names_of(inputs)]
+    if isinstance(inputs, FusedInputs):
+        output = compute(inputs)
+        gradients = torch.ops.msda._ms_deform_attn_fused_backward(
+            grad_output, output, *arguments, inputs.padding_mask, *needs, True
+        )
+    else:
+        gradients = torch.ops.msda._ms_deform_attn_backward(
+            grad_output, *arguments, False, *needs, True
+        )
+    return dict(zip(names_of(inputs), gradients, strict=True))
+
+
 # ---- against the reference -----------------------------------------------------------------------
 
 
@@ -69,18 +87,28 @@ def test_gradients_match_reference(device, make, sizes, dtype):
     assert_gradients_close(inputs, actual, exact_gradients(inputs, grad_output))
 
 
+# So few queries that the CPU's kernels read pixels where they are, and so many that they copy them;
+# threads for each head, and so many that the levels are spread over them too.
+@pytest.mark.parametrize("num_queries", [13, 100], ids=["sparse", "dense"])
+@pytest.mark.parametrize("threads", [1, 16], ids=["by_head", "by_level"])
 @every_dtype
 @every_form
-def test_each_gradient_alone_has_the_bits_of_all_together(device, make, dtype):
-    inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)
+def test_every_subset_of_gradients_has_the_bits_of_all_together(
+    device, make, dtype, threads, num_queries, poisoned_allocations, set_threads
+):
+    set_threads(threads)
+    sizes = SIZES | {"num_queries": num_queries, "head_dim": 16}
+    inputs = make(SHAPES, **sizes, dtype=dtype, device=device)
     grad_output = random_like_output(inputs)
-    together = all_gradients(inputs, grad_output)
-    for names in subsets(names_of(inputs)):
-        some = compute_gradients(OPERATOR, inputs, grad_output, names)
+    names = names_of(inputs)
+    together = call_backward(inputs, grad_output, names)
+    for wanted in [(), *subsets(names)]:
+        some = call_backward(inputs, grad_output, wanted)
         for name in names:
-            # The gradient of offsets and boxes takes another path where that of references is asked
-            # for too: one rounding more.
-            assert_close(some[name], together[name], scale=2)
+            if name in wanted:
+                assert_same_bits(some[name], together[name])
+            else:
+                assert some[name].shape == (0,)
 
 
 @every_dtype
@@ -139,8 +167,8 @@ def test_fused_gradients_match_reference_at_any_sizes(sizes, reference_size, sha
     grad_output = random_like_output(inputs)
     actual = all_gradients(inputs, grad_output)
     expected = exact_gradients(inputs, grad_output)
-    # The softmax takes <grad_output, output> of each head from a rounded output: an error that may
-    # be larger than the gradient, which is zero for a single sample.
+    # CUDA takes the softmax's <grad_output, output> of each head from a rounded output: an error
+    # that may be larger than the gradient, which is zero for a single sample.
     heads = (-1, (inputs.value.shape[2], inputs.value.shape[3]))
     products = (
         tensor.double().unflatten(*heads).norm(dim=-1)
@@ -198,6 +226,13 @@ def test_error_of_gradients_in_16_bits_is_at_most_twice_that_of_plain_pytorch(de
     for name, gradient in all_gradients(inputs, grad_output).items():
         limit = 2 * relative_error(plain[name], expected[name])
         assert relative_error(gradient, expected[name]) <= limit, name
+
+
+@every_dtype
+def test_logits_of_single_samples_have_no_gradient_on_the_cpu(dtype):
+    # The softmax is 1 whatever the logit; no rounding of the output comes in between.
+    inputs = make_fused_inputs([(6, 9)], **SIZES | {"num_points": 1}, dtype=dtype)
+    assert all_gradients(inputs, random_like_output(inputs))["attention_logits"].eq(0).all()
 
 
 @sixteen_bits
@@ -353,6 +388,19 @@ def test_grad_output_need_not_be_contiguous(device, make, dtype):
     expected = all_gradients(inputs, grad_output)
     for name, gradient in all_gradients(inputs, transposed).items():
         assert_same_bits(gradient, expected[name])
+
+
+@every_dtype
+@every_form
+def test_no_tensor_need_be_aligned_to_its_elements(device, make, dtype):
+    inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)
+    grad_output = random_like_output(inputs)
+    names = names_of(inputs)
+    expected = call_backward(inputs, grad_output, names)
+    shifted = map_tensors(inputs, off_by_one_byte)
+    actual = call_backward(shifted, off_by_one_byte(grad_output), names)
+    for name in names:
+        assert_same_bits(actual[name], expected[name])
 
 
 @every_form

@@ -19,7 +19,6 @@ import pytest
 import torch
 from test_backward import (  # noqa: F401
     test_derivative_at_the_border_is_that_of_zero_padding,
-    test_each_gradient_alone_has_the_bits_of_all_together,
     test_error_of_gradients_in_16_bits_is_at_most_twice_that_of_plain_pytorch,
     test_gradients_have_the_dtype_of_their_input,
     test_gradients_match_reference,
@@ -55,6 +54,12 @@ from test_forward import (  # noqa: F401
     test_samples_outside_or_not_finite_contribute_exactly_zero,
     test_softmax_does_not_overflow_for_large_logits,
     test_softmax_of_logits_far_apart,
+)
+from test_special_numbers import (  # noqa: F401
+    test_offsets_that_cancel_the_distance_of_a_reference_point_do_not_extrapolate,
+    test_one_bad_number_reaches_what_it_reaches_in_the_reference,
+    test_padding_masks_are_true_where_a_byte_is_not_zero,
+    test_results_too_large_for_float16_are_infinite_as_in_the_reference,
 )
 
 import conftest
@@ -132,6 +137,10 @@ def assert_all_close(inputs, actual, expected):
         assert relative_error(tensor, expected[name]) <= limit, name
 
 
+def every_subset(names):
+    return itertools.chain(*(itertools.combinations(names, n) for n in range(len(names) + 1)))
+
+
 def assert_all_same_bits(actual, expected):
     for name, tensor in actual.items():
         if name != "summed":  # by atomic additions, in any order
@@ -156,6 +165,32 @@ def test_every_layout_of_lanes_matches_reference_in_every_order(make, heads, hea
     for result in results:
         assert_all_close(inputs, result, expected)
         assert_all_same_bits(result, results[0])
+
+
+@every_dtype
+@every_form
+@pytest.mark.parametrize("head_dim", [16, 20])
+def test_every_subset_of_gradients_has_the_bits_of_all_together(make, head_dim, dtype):
+    inputs = make(SHAPES, **SIZES | {"head_dim": head_dim}, dtype=dtype)
+    output, grad_output = executor.forward(inputs), random_like_output(inputs)
+    names = names_of(inputs)
+    for order in executor.ORDERS:
+        gpu = executor.make_device(order=order)
+        together = executor.backward(inputs, grad_output, names, gpu, output=output)
+        for wanted in every_subset(names):
+            some = executor.backward(inputs, grad_output, wanted, gpu, output=output)
+            assert some.keys() == set(wanted)
+            for name in wanted:
+                assert_same_bits(some[name], together[name])
+
+
+def test_a_backward_of_which_nothing_is_wanted_launches_nothing():
+    inputs = make_fused_inputs(SHAPES, **SIZES)
+    gpu = executor.make_device()
+    executor.backward(
+        inputs, random_like_output(inputs), [], gpu, output=random_like_output(inputs)
+    )
+    assert gpu.num_launches == 0
 
 
 @every_form
@@ -367,6 +402,18 @@ def test_sanitized_kernels_stay_within_their_arrays(make, dtype):
     run("random", num_heads=1, head_dim=72, num_points=2, device_shapes="int64")
     for array in ("value", "output", "grad_output", "grad_value"):
         run("forward", num_heads=3, head_dim=16, num_points=[2, 0, 5], misaligned=[array])
+
+
+@every_dtype
+@some_forms
+def test_sanitized_kernels_touch_no_gradient_that_is_not_wanted(make, dtype):
+    # And compute nothing with the null pointer that stands for it.
+    for head_dim in (16, 20):
+        sizes = SIZES | {"num_queries": 3, "head_dim": head_dim, "num_points": 2}
+        inputs = make([(3, 4), (2, 2)], **sizes, dtype=dtype)
+        output, grad_output = executor.forward(inputs), random_like_output(inputs)
+        for wanted in every_subset(names_of(inputs)):
+            executor.backward(inputs, grad_output, wanted, output=output)
 
 
 def test_kernels_pass_the_sanitizers():

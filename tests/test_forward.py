@@ -18,6 +18,7 @@ from conftest import (
     compute_exactly,
     every_dtype,
     every_form,
+    off_by_one_byte,
     off_edges,
     plain_pytorch,
     sixteen_bits,
@@ -435,12 +436,6 @@ def slice_of_a_larger_one(tensor):
 
 def every_other_one(tensor):
     return tensor.repeat_interleave(2, dim=1)[:, ::2]
-
-
-def off_by_one_byte(tensor):
-    raw = bytearray(1) + bytearray(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    unaligned = torch.frombuffer(raw, dtype=tensor.dtype, offset=1).view(tensor.shape)
-    return unaligned.to(tensor.device)
 
 
 @every_dtype

@@ -74,7 +74,7 @@ inline void convert(const From* from, To* to, int64_t count) {
     for (; i + lanes <= count; i += lanes) store(to + i, load(from + i));
     if (i < count) store_partial(to + i, load_partial(from + i, int(count - i)), int(count - i));
   } else if constexpr (std::is_arithmetic_v<To> && std::is_arithmetic_v<From>) {
-    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<To>(from[i]);
+    for (int64_t i = 0; i < count; ++i) store_as(to + i, static_cast<To>(load_as<From>(from + i)));
   } else {  // double <-> 16 bits, by way of float
     for (int64_t i = 0; i < count; ++i) {
       float single;
@@ -92,7 +92,7 @@ inline void read(const ConstArray& array, int64_t offset, int64_t count, Real* t
   });
 }
 
-// Like read(), but without a copy where the array already holds Real.
+// Like read(), but without a copy where the array already holds Real. It then need not be aligned.
 template <class Real>
 inline const Real* view(const ConstArray& array, int64_t offset, int64_t count, Real* buffer) {
   constexpr DType own = std::is_same_v<Real, double> ? DType::kFloat64 : DType::kFloat32;

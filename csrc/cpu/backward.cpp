@@ -104,11 +104,13 @@ class Backward {
  public:
   using Real = acc_t<T>;
 
+  // has_all_levels: the gradients of a softmax can be completed.
   Backward(const Problem& problem, const BackwardInputs& inputs, const BackwardOutputs& outputs,
-           int64_t first_level, int64_t last_level)
+           int64_t first_level, int64_t last_level, bool has_all_levels)
       : problem_(problem),
         inputs_(inputs),
         outputs_(outputs),
+        has_all_levels_(has_all_levels),
         first_key_(problem.levels[first_level].start),
         num_keys_(problem.levels[last_level - 1].start +
                   problem.levels[last_level - 1].height * problem.levels[last_level - 1].width -
@@ -196,7 +198,6 @@ class Backward {
   void prefetch_next(int64_t head) {
     const int64_t D = problem_.head_dim, samples = head * problem_.num_samples + samples_.begin();
     prefetch<false>(inputs_.grad_output, head * D, D);
-    if (problem_.is_fused) prefetch<false>(inputs_.output, head * D, D);
     if (outputs_.grad_points.is_wanted) {
       prefetch<true>(outputs_.grad_points, 2 * samples, 2 * samples_.count());
     }
@@ -207,9 +208,6 @@ class Backward {
 
   // The gradients of points and weights, each of which belongs to one sample alone.
   void write_sample_gradients(int64_t head) {
-    // Softmax: grad_logit = p * (grad_p - sum over all samples of p * grad_p), and that sum is
-    // <grad_output, output>.
-    const Real delta = problem_.is_fused ? output_product(head) : Real(0);
     const bool in_pixels = outputs_.grad_reference.is_wanted;
     for (int64_t i = 0; i < samples_.padded(); i += kLanes<Real>) {
       Corners<Vec<Real>> dot;
@@ -235,35 +233,24 @@ class Backward {
         grad_y = corners != 0 ? grad_y : Vec<Real>{};
       }
       store_pairs(points_.get() + 2 * i, grad_x, grad_y);
-      Vec<Real> grad_weight = gradient.sample;
-      if (problem_.is_fused) grad_weight = load(samples_.weights() + i) * (grad_weight - delta);
-      store(weights_.get() + i, grad_weight);
+      store(weights_.get() + i, gradient.sample);
     }
     const int64_t first_sample = head * problem_.num_samples + samples_.begin();
     if (outputs_.grad_points.is_wanted) {
       write(outputs_.grad_points, 2 * first_sample, 2 * samples_.count(), points_.get());
     }
     if (outputs_.grad_weights.is_wanted) {
+      if (problem_.is_fused && has_all_levels_) {
+        softmax_backward(samples_.weights(), weights_.get(), samples_.count());
+      }
       write(outputs_.grad_weights, first_sample, samples_.count(), weights_.get());
     }
-  }
-
-  // <grad_output, output> of one query and head.
-  Real output_product(int64_t head) const {
-    constexpr int kStep = kLanes<Real>;
-    const int64_t D = problem_.head_dim;
-    const T* const g = static_cast<const T*>(inputs_.grad_output.data) + head * D;
-    const T* const output = static_cast<const T*>(inputs_.output.data) + head * D;
-    Vec<Real> sum = {};
-    int64_t d = 0;
-    for (; d + kStep <= D; d += kStep) sum += load(g + d) * load(output + d);
-    if (d < D) sum += load_partial(g + d, int(D - d)) * load_partial(output + d, int(D - d));
-    return sum_lanes(sum);
   }
 
   const Problem& problem_;
   const BackwardInputs& inputs_;
   const BackwardOutputs& outputs_;
+  const bool has_all_levels_;
   const int64_t first_key_, num_keys_;  // of the levels
   const int64_t num_sums_;              // as many, or 0 where grad_value is summed in place
   PackedSamples<T, kPacked> samples_;
@@ -279,12 +266,29 @@ void backward_tasks(const Problem& problem, const BackwardInputs& inputs,
   if (by_level) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t l = task % L, head = task / L;
-      Backward<T, kPacked>(problem, inputs, outputs, l, l + 1).run(head / M, head % M);
+      Backward<T, kPacked>(problem, inputs, outputs, l, l + 1, false).run(head / M, head % M);
     }
     return;
   }
-  Backward<T, kPacked> backward(problem, inputs, outputs, 0, L);
+  Backward<T, kPacked> backward(problem, inputs, outputs, 0, L, true);
   for (int64_t head = first; head < last; ++head) backward.run(head / M, head % M);
+}
+
+// grad_weights: (B, Q, M, K), of the softmax's result.
+template <class Real>
+void backward_softmax_rows(const Problem& problem, const ConstArray& grad_weights,
+                           const BackwardOutputs& outputs, int64_t first, int64_t last) {
+  const int64_t K = problem.num_samples, padded = round_up(K, kLanes<Real>);
+  Buffer<Real> weights(padded), gradients(padded);
+  for (int64_t row = first; row < last; ++row) {
+    read(problem.weights, row * K, K, weights.get());
+    const Real scale = exponentials(weights.get(), K, padded);
+    for (int64_t i = 0; i < K; ++i) weights[i] *= scale;
+    read(grad_weights, row * K, K, gradients.get());
+    for (int64_t i = K; i < padded; ++i) gradients[i] = 0;  // the last row's may be NaN
+    softmax_backward(weights.get(), gradients.get(), K);
+    write(outputs.grad_weights, row * K, K, gradients.get());
+  }
 }
 
 // Heads are added up sample by sample first, whole vectors at a time, and levels at the end.
@@ -366,6 +370,14 @@ void backward(const Problem& problem, const BackwardInputs& inputs, const Backwa
     } else {
       backward_tasks<T, false>(problem, inputs, outputs, by_level, first, last);
     }
+  });
+}
+
+void backward_softmax(const Problem& problem, const ConstArray& grad_weights,
+                      const BackwardOutputs& outputs, int64_t first, int64_t last) {
+  dispatch_dtype(problem.value.dtype, [&](auto* type) {
+    backward_softmax_rows<acc_t<std::remove_pointer_t<decltype(type)>>>(problem, grad_weights,
+                                                                        outputs, first, last);
   });
 }
 

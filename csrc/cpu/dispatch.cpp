@@ -21,6 +21,8 @@ namespace msda {
   void forward(const Problem&, const ForwardOutputs&, int64_t, int64_t);                      \
   void backward(const Problem&, const BackwardInputs&, const BackwardOutputs&, bool, int64_t, \
                 int64_t);                                                                     \
+  void backward_softmax(const Problem&, const ConstArray&, const BackwardOutputs&, int64_t,   \
+                        int64_t);                                                             \
   void backward_reference(const Problem&, const BackwardOutputs&, int64_t, int64_t);          \
   }
 MSDA_CPU_CAPABILITIES(MSDA_DECLARE)
@@ -28,7 +30,8 @@ MSDA_CPU_CAPABILITIES(MSDA_DECLARE)
 
 namespace {
 
-#define MSDA_ENTRY(name) {#name, name::forward, name::backward, name::backward_reference},
+#define MSDA_ENTRY(name) \
+  {#name, name::forward, name::backward, name::backward_softmax, name::backward_reference},
 constexpr CpuKernels kCompiled[] = {MSDA_CPU_CAPABILITIES(MSDA_ENTRY)};
 #undef MSDA_ENTRY
 

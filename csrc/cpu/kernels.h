@@ -34,10 +34,16 @@ struct CpuKernels {
   // by_level, one level of one head of one image: task = (b * M + m) [* L + l]. No two tasks write
   // to the same place, and each place is summed in the order of the queries, so that the result
   // has the same bits however the tasks are spread over threads. grad_value must be zero before
-  // where sums_in_place(problem). grad_points of a fused call whose grad_reference is
-  // wanted is left in pixels for backward_reference().
+  // where sums_in_place(problem). Of a fused call, grad_points is left in pixels for
+  // backward_reference() where grad_reference is wanted, and, if by_level, grad_weights is left as
+  // the gradient of the softmax's result, in the type of the sums, for backward_softmax().
   void (*backward)(const Problem& problem, const BackwardInputs& inputs,
                    const BackwardOutputs& outputs, bool by_level, int64_t first, int64_t last);
+
+  // Completes grad_weights of rows first..last-1 from what backward() left, where
+  // row = (b * Q + q) * M + m.
+  void (*backward_softmax)(const Problem& problem, const ConstArray& grad_weights,
+                           const BackwardOutputs& outputs, int64_t first, int64_t last);
 
   // Sums grad_points of rows first..last-1 into grad_reference and completes grad_points, where
   // row = b * Q + q.

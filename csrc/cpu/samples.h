@@ -47,6 +47,45 @@ inline bool fits(const Problem& problem, int64_t scalar_size) {
          (int64_t(1) << (8 * sizeof(Offset) - 1)) / scalar_size - 1;
 }
 
+// Turns logits, an array padded to whole vectors, into their exponentials; times the result they
+// are the softmax.
+template <class Real>
+inline Real exponentials(Real* logits, int64_t count, int64_t padded) {
+  constexpr int kStep = kLanes<Real>;
+  for (int64_t i = count; i < padded; ++i) logits[i] = -__builtin_inf();
+  Vec<Real> largest = load(logits);
+  for (int64_t i = kStep; i < padded; i += kStep) {
+    const Vec<Real> v = load(logits + i);
+    largest = v > largest ? v : largest;
+  }
+  Real maximum = largest[0];
+  for (int j = 1; j < kStep; ++j) maximum = largest[j] > maximum ? largest[j] : maximum;
+  Vec<Real> sums = {};
+  for (int64_t i = 0; i < padded; i += kStep) {
+    const Vec<Real> e = exp_nonpositive(load(logits + i) - maximum);
+    store(logits + i, e);
+    sums += e;
+  }
+  return 1 / sum_lanes(sums);
+}
+
+// Turns gradients of a softmax's weights into those of its logits:
+// grad_logit = p * (grad_p - sum over all samples of p * grad_p). That sum is also
+// <grad_output, output>, but for roundings of the output, and but for a NaN of grad_output where no
+// sample counts, which all gradients are 0 of.
+template <class Real>
+inline void softmax_backward(const Real* weights, Real* gradients, int64_t count) {
+  constexpr int kStep = kLanes<Real>;
+  Vec<Real> products = {};
+  for (int64_t i = 0; i < count; i += kStep) {
+    products += load(weights + i) * load(gradients + i);
+  }
+  const Real sum = sum_lanes(products);
+  for (int64_t i = 0; i < count; i += kStep) {
+    store(gradients + i, load(weights + i) * (load(gradients + i) - sum));
+  }
+}
+
 struct VectorMath {
   template <class V>
   static V truncate(V v) {
@@ -205,15 +244,16 @@ class Samples {
         view(problem_.reference, (b * problem_.num_queries + q) * size, size, reference_.get());
     for (int64_t l = first_level_; l < last_level_; ++l) {
       const Level& level = problem_.levels[l];
-      const Real* const point =
+      const Real* const first =
           reference + (problem_.reference_levels == 1 ? 0 : l) * problem_.reference_size;
+      const auto point = [&](int64_t i) { return load_as<Real>(first + i); };
       // Points: offsets in pixels. Boxes: offsets in units of (w, h) / (2P).
       const bool is_box = problem_.reference_size == 4;
       const Real half_over_points = Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
-      const Real step_x = is_box ? Real(level.width) * point[2] * half_over_points : Real(1);
-      const Real step_y = is_box ? Real(level.height) * point[3] * half_over_points : Real(1);
-      set_axis(level_x_, l, step_x, double(point[0]) * double(level.width) - 0.5);
-      set_axis(level_y_, l, step_y, double(point[1]) * double(level.height) - 0.5);
+      const Real step_x = is_box ? Real(level.width) * point(2) * half_over_points : Real(1);
+      const Real step_y = is_box ? Real(level.height) * point(3) * half_over_points : Real(1);
+      set_axis(level_x_, l, step_x, double(point(0)) * double(level.width) - 0.5);
+      set_axis(level_y_, l, step_y, double(point(1)) * double(level.height) - 0.5);
     }
     spread_transform();
   }
@@ -302,22 +342,7 @@ class Samples {
   // given_weights: logits of all K samples -> softmax, of which this object's samples move to the
   // front.
   void softmax() {
-    const int64_t num_samples = problem_.num_samples;
-    for (int64_t i = num_samples; i < padded_all_; ++i) given_weights_[i] = -__builtin_inf();
-    Vec<Real> largest = load(given_weights_.get());
-    for (int64_t i = kLanes<Real>; i < padded_all_; i += kLanes<Real>) {
-      const Vec<Real> logits = load(given_weights_.get() + i);
-      largest = logits > largest ? logits : largest;
-    }
-    Real maximum = largest[0];
-    for (int j = 1; j < kLanes<Real>; ++j) maximum = largest[j] > maximum ? largest[j] : maximum;
-    Vec<Real> sums = {};
-    for (int64_t i = 0; i < padded_all_; i += kLanes<Real>) {
-      const Vec<Real> e = exp_nonpositive(load(given_weights_.get() + i) - maximum);
-      store(given_weights_.get() + i, e);
-      sums += e;
-    }
-    const Real scale = 1 / sum_lanes(sums);
+    const Real scale = exponentials(given_weights_.get(), problem_.num_samples, padded_all_);
     for (int64_t i = 0; i < count_; ++i) given_weights_[i] = given_weights_[begin_ + i] * scale;
   }
 
@@ -462,6 +487,7 @@ class Samples {
         if ((corners_[i] >> c & 1) == 0) continue;
         if (mask[key_[i] + c % 2 + c / 2 * map_width_[i]] == 0) continue;
         corners_[i] &= ~(index_t<Real>(1) << c);
+        corner_weight_[corner_index(c, i)] = 0;  // it may be NaN
         value_offset_[corner_index(c, i)] = Offset(value_rows.nowhere);
         if (grad_rows) grad_offset_[corner_index(c, i)] = Offset(grad_rows->nowhere);
       }

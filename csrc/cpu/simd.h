@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__AVX512F__) || defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -67,15 +67,17 @@ using Vec = VecN<Real, kLanes<Real>>;
 template <class Real>
 using IntVec = VecN<index_t<Real>, kLanes<Real>>;
 
-template <class V, class T>
-inline V load_as(const T* p) {
+// What callers give need not be aligned to its elements: nothing else but intrinsics follows a
+// pointer to it.
+template <class V>
+inline V load_as(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof(V));
   return v;
 }
 
-template <class V, class T>
-inline void store_as(T* p, V v) {
+template <class V>
+inline void store_as(void* p, V v) {
   std::memcpy(p, &v, sizeof(V));
 }
 
@@ -128,11 +130,24 @@ inline VecN<Real, kLanes<Real>> truncate_lanes(Vec<Real> v) {
 inline Vec<float> truncate(Vec<float> v) { return truncate_lanes<float>(v); }
 inline Vec<double> truncate(Vec<double> v) { return truncate_lanes<double>(v); }
 
-// Within [0, 1].
-template <class V>
-inline V clamp(V v) {
-  const V positive = v > 0 ? v : V{};
-  return positive < 1 ? positive : V{} + 1;
+// Within [0, 1]. Two instructions, where GCC makes four of the conditions.
+inline Vec<double> clamp(Vec<double> v) {
+  const Vec<double> one = broadcast(1.0), positive = v > 0 ? v : Vec<double>{};
+  return positive < 1 ? positive : one;
+}
+
+inline Vec<float> clamp(Vec<float> v) {
+  const Vec<float> one = broadcast(1.0f);
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_min_ps(_mm512_max_ps((__m512)v, _mm512_setzero_ps()), (__m512)one);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_min_ps(_mm256_max_ps((__m256)v, _mm256_setzero_ps()), (__m256)one);
+#elif defined(__SSE2__)
+  return (Vec<float>)_mm_min_ps(_mm_max_ps((__m128)v, _mm_setzero_ps()), (__m128)one);
+#else
+  const Vec<float> positive = v > 0 ? v : Vec<float>{};
+  return positive < 1 ? positive : one;
+#endif
 }
 
 // a * b + c, rounded once.
@@ -183,7 +198,7 @@ inline Vec<float> load(const Half* p) {
 #elif defined(__F16C__)
   return (Vec<float>)_mm256_cvtph_ps(load_as<__m128i>(p));
 #elif defined(__ARM_NEON)
-  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+  return (Vec<float>)vcvt_f32_f16(vreinterpret_f16_u16(load_as<uint16x4_t>(p)));
 #else
   // Place exponent and mantissa where float32 has them and correct the bias by a multiplication,
   // which also makes subnormals right; Inf and NaN then lack the rest of their exponent bits.
@@ -214,7 +229,7 @@ inline void store(Half* p, Vec<float> v) {
 #elif defined(__F16C__)
   store_as(p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(__ARM_NEON)
-  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+  store_as(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 #else
   const Bits32 bits = bit_cast<Bits32>(v);
   const Bits32 sign = (bits >> 16) & 0x8000;
@@ -247,7 +262,7 @@ inline Vec<acc_t<T>> load_partial(const T* p, int count) {
   }
 #endif
   T buffer[kLanes<acc_t<T>>] = {};
-  for (int i = 0; i < count; ++i) buffer[i] = p[i];
+  for (int i = 0; i < count; ++i) buffer[i] = load_as<T>(p + i);
   return load(buffer);
 }
 
@@ -260,7 +275,7 @@ inline void store_partial(T* p, Vec<acc_t<T>> v, int count) {
 #endif
   T buffer[kLanes<acc_t<T>>];
   store(buffer, v);
-  for (int i = 0; i < count; ++i) p[i] = buffer[i];
+  for (int i = 0; i < count; ++i) store_as(p + i, buffer[i]);
 }
 
 // ---- shuffles -----------------------------------------------------------------------------------
