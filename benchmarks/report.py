@@ -684,6 +684,53 @@ def traffic_table() -> str:
     return markdown_table(shown)
 
 
+NO_RELIABILITY_FIGURE = (
+    "No figure of these exists yet: `make reliability` tries the operator and writes the files "
+    "that this block is made from."
+)
+
+
+def reliability_table() -> str:
+    """What tests/fuzz/run.py tried in each of its parts, a line for each thing."""
+    lines = []
+    for path in sorted((RESULTS / "reliability").glob("*.json")):
+        results = json.loads(path.read_text())
+        machine = results["machine"]
+        for run in results["runs"]:
+            where = f"{machine['cpu']}, {machine['commit']}"
+            cells = [run["what"], _tried(run), f"**{len(run['failures'])}**", where]
+            lines.append(f"| {' | '.join(cells)} |")
+    if not lines:
+        return NO_RELIABILITY_FIGURE
+    headings = ["what", "tried", "failed", "where, at which commit"]
+    return "\n".join(
+        [
+            f"| {' | '.join(headings)} |",
+            "|---" * len(headings) + "|",
+            *lines,
+            "",
+            "Problems of the kernels: random sizes, dtypes, subsets of gradients, splits over "
+            "threads, NaN and Inf, addresses. Each number is held against a scalar definition in "
+            "double precision, within the bound of its rounding errors "
+            "(`tests/fuzz/definition.h`); arrays lie between pages that cannot be read. Calls are "
+            "held against the float64 reference. Seeds and kinds are in the files "
+            "(`benchmarks/results/reliability`).",
+        ]
+    )
+
+
+def _tried(run: dict) -> str:
+    """How many cases of what."""
+    kinds = run["kinds"]
+    number = f"{run['cases']:,}"
+    if "refused" in kinds:
+        refused = kinds["refused"] + kinds.get("refused by torch", 0)
+        return f"{number} calls: {refused:,} refused, {kinds['computed']:,} computed right"
+    if run["capabilities"]:
+        return f"{number} problems ({', '.join(run['capabilities'])})"
+    return f"{number} {'tests' if 'passed' in kinds else 'calls'}"
+
+
 # What stands on which page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
@@ -694,6 +741,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "detector": detector_table,
         "transformers": transformers_table,
         "convergence": convergence_table,
+        "reliability": reliability_table,
     },
     "docs/benchmarks.md": {
         "dtypes": dtypes_table,

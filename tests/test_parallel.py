@@ -1,5 +1,8 @@
 """Training as PyTorch offers it: several processes, checkpoints of activations, 16 bits."""
 
+import functools
+import os
+import signal
 import socket
 import time
 
@@ -12,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import msda
-from conftest import assert_same_bits, sixteen_bits
+from conftest import OPERATOR, assert_same_bits, call, sixteen_bits
 from detector.config import ModelConfig
 from detector.model import build_model
 from msda.reference import ms_deform_attn_fused_reference
-from msda.testing import TOLERANCES, relative_error
+from msda.testing import TOLERANCES, make_inputs, relative_error
 
 SHAPES = [(6, 9), (3, 5)]
 NUM_KEYS = 69
@@ -119,6 +122,27 @@ def test_two_processes_get_the_gradients_of_one(tmp_path):
                 torch.testing.assert_close(
                     gradient, expected[model][name], rtol=1e-9, atol=1e-12, msg=f"{way} {name}"
                 )
+
+
+def attend_on_several_threads_and_fork():
+    inputs = make_inputs([(32, 32)])
+    attend = functools.partial(call, OPERATOR, inputs)
+    torch.set_num_threads(2)
+    expected = attend()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # should it hang
+        torch.set_num_threads(1)  # the other thread stayed behind
+        os._exit(0 if torch.equal(attend(), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_forked_process_computes_once_it_has_set_one_thread():
+    process = mp.get_context("spawn").Process(target=attend_on_several_threads_and_fork)
+    process.start()
+    process.join(timeout=60)
+    process.kill()
+    assert process.exitcode == 0
 
 
 # ---- activations that are computed again ---------------------------------------------------------

@@ -8,7 +8,7 @@
 //   - a coordinate, which decides about the cell: 4 u times its parts. A sample so close to the
 //   edge
 //     of a cell may lie on either side: its gradients are anything between those of both;
-//   - softmax: 8 u + u times the distance to the largest logit;
+//   - softmax: u times 8, the number of samples and the distance to the largest logit together;
 //   - a result: one rounding to the type it is stored in (see check.cpp).
 // Where a sample is so far from its reference point that rounding moves it by a quarter of a pixel
 // or more, it may lie anywhere on the map, but not beyond: fractions stay between 0 and 1.

@@ -44,7 +44,8 @@ namespace {
 
 // ---- which kernels ------------------------------------------------------------------------------
 
-// Faults that this program is known to find.
+// Faults that this program must find: kernels that do something wrong before or after the sound
+// ones.
 
 CpuKernels sound;
 
@@ -63,11 +64,16 @@ void write_a_wrong_number(const Problem& problem, const ForwardOutputs& outputs,
   put(outputs.output.dtype, outputs.output.data, 0, 1.125 * number);
 }
 
-void count_calls(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
-                 int64_t last) {
-  static volatile int calls = 0;  // which threads race for
-  calls = calls + 1;
+void write_beside(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
+                  int64_t last) {
   sound.forward(problem, outputs, first, last);
+  const int64_t size = problem.batch * problem.num_queries * problem.num_heads * problem.head_dim;
+  static_cast<char*>(outputs.output.data)[size * element_size(outputs.output.dtype)] = 0;
+}
+
+void leave_a_row_out(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
+                     int64_t last) {
+  sound.forward(problem, outputs, first, last - 1);
 }
 
 void read_through_null(const Problem& problem, const BackwardOutputs& outputs, int64_t first,
@@ -77,17 +83,47 @@ void read_through_null(const Problem& problem, const BackwardOutputs& outputs, i
   (void)*nowhere;
 }
 
+// For the sanitizers.
+
+void race(const Problem& problem, const ForwardOutputs& outputs, int64_t first, int64_t last) {
+  static volatile int calls = 0;
+  calls = calls + 1;
+  sound.forward(problem, outputs, first, last);
+}
+
+void read_past_the_heap(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
+                        int64_t last) {
+  sound.forward(problem, outputs, first, last);
+  const std::vector<float> numbers(4);
+  volatile const size_t past_the_end = numbers.size();
+  (void)*static_cast<volatile const float*>(numbers.data() + past_the_end);
+}
+
+void load_misaligned(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
+                     int64_t last) {
+  sound.forward(problem, outputs, first, last);
+  alignas(double) char bytes[2 * sizeof(double)] = {};
+  (void)*reinterpret_cast<volatile const double*>(bytes + 1);
+}
+
 CpuKernels with_fault(const CpuKernels& kernels, const std::string& fault) {
+  using Forward = decltype(CpuKernels::forward);
+  static const std::map<std::string, Forward> in_forward = {
+      {"read_one_pixel_on", read_one_pixel_on},
+      {"write_a_wrong_number", write_a_wrong_number},
+      {"write_beside", write_beside},
+      {"leave_a_row_out", leave_a_row_out},
+      {"race", race},
+      {"read_past_the_heap", read_past_the_heap},
+      {"load_misaligned", load_misaligned}};
   CpuKernels faulty = sound = kernels;
-  if (fault == "read_one_pixel_on") {
-    faulty.forward = read_one_pixel_on;
-  } else if (fault == "write_a_wrong_number") {
-    faulty.forward = write_a_wrong_number;
-  } else if (fault == "count_calls") {
-    faulty.forward = count_calls;
+  if (fault.empty()) return faulty;
+  const auto found = in_forward.find(fault);
+  if (found != in_forward.end()) {
+    faulty.forward = found->second;
   } else if (fault == "read_through_null") {
     faulty.backward_reference = read_through_null;
-  } else if (!fault.empty()) {
+  } else {
     throw std::invalid_argument("--fault must be a known fault, got " + fault);
   }
   return faulty;

@@ -197,15 +197,13 @@ def fuzz(options: argparse.Namespace) -> list[Tally]:
     """Kernels on all processors but one, and calls through Python on that."""
     seconds = 60 * options.minutes
     processes = max(1, (os.cpu_count() or 1) - 1)
-    clang = shutil.which("clang++")
-    try_kernels = fuzz_guided if clang else fuzz_by_seeds
-    if not clang:
-        print("clang++ is not installed: random seeds take the place of libFuzzer")
-    program = (
-        build(BUILD / "fuzz", clang, "-DMSDA_LIBFUZZER=ON")
-        if clang
-        else build(BUILD / "kernels", default_compiler())
-    )
+    if has_libfuzzer():
+        program = build(BUILD / "fuzz", "clang++", "-DMSDA_LIBFUZZER=ON")
+        try_kernels = fuzz_guided
+    else:
+        print("clang++ with libFuzzer is not installed: seeds take its place, unguided by coverage")
+        program = build(BUILD / "kernels", default_compiler())
+        try_kernels = fuzz_by_seeds
     with ThreadPoolExecutor(2) as pool:
         kernels = pool.submit(try_kernels, program, processes, options.first, seconds)
         calls = try_seeds(
@@ -215,6 +213,15 @@ def fuzz(options: argparse.Namespace) -> list[Tally]:
             "hostile arguments", python_program("hostile"), options.first, 0.4 * seconds
         )
         return [kernels.result(), calls, hostile]
+
+
+def has_libfuzzer() -> bool:
+    """Whether there is a clang++ that finds its library."""
+    if shutil.which("clang++") is None:
+        return False
+    code = 'extern "C" int LLVMFuzzerTestOneInput(const char*, unsigned long) { return 0; }'
+    command = ["clang++", "-x", "c++", "-", "-fsanitize=fuzzer", "-o", os.devnull]
+    return subprocess.run(command, input=code, text=True, capture_output=True).returncode == 0
 
 
 def fuzz_by_seeds(program: Path, processes: int, first: int, seconds: float) -> Tally:
@@ -302,6 +309,12 @@ def sanitize(options: argparse.Namespace) -> list[Tally]:
         "-DMSDA_KERNEL_OPTIMIZATION=-O1",
         "-DCMAKE_CXX_FLAGS=-g1 -fsanitize=thread",
     )
+    for program, faults in (
+        (kernels, ("read_past_the_heap", "load_misaligned")),
+        (racing, ("race",)),
+    ):
+        for fault in faults:
+            must_be_seen(program, fault)
     first = options.first
     memory, variables = "address and undefined behaviour", sanitized_library(folder, compiler)
     tallies = [side_by_side(cores, f"{memory}: kernels", [kernels], first, seconds / 2)]
@@ -331,6 +344,14 @@ def sanitize(options: argparse.Namespace) -> list[Tally]:
         tallies.append(run_tests(f"{memory}: tests of the operator", paths, variables))
         tallies.append(sanitize_cuda_kernels(f"{memory}: CUDA kernels on the CPU"))
     return tallies
+
+
+def must_be_seen(program: Path, fault: str) -> None:
+    """End, unless the sanitizer that a program was built with sees a planted fault."""
+    command = [program, "--threads", "3", "--fault", fault, "--count", "50"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode == 0 or not re.search("Sanitizer|runtime error", done.stderr):
+        sys.exit(f"{shown(command)} must end by a sanitizer, got {ending(done)}")
 
 
 def sanitized_library(folder: Path, compiler: str) -> dict[str, str]:
