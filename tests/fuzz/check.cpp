@@ -195,9 +195,22 @@ class Check {
     const BackwardOutputs outputs{value.gradient(), points.gradient(), weights.gradient(),
                                   reference.gradient()};
     const int64_t parts = spread.by_level ? problem.num_levels : 1;
+    BackwardOutputs of_tasks = outputs;
+    if (spread.by_level && c_.fused && weights.wanted) {
+      of_tasks.grad_weights = {{memory().softmax_gradient.place(
+                                    weights.size * element_size(c_.computed_in()), c_.placement),
+                                c_.computed_in()},
+                               true};
+    }
     split(spread, problem.batch * problem.num_heads * parts, [&](int64_t first, int64_t last) {
-      kernels.backward(problem, inputs_, outputs, spread.by_level, first, last);
+      kernels.backward(problem, inputs_, of_tasks, spread.by_level, first, last);
     });
+    if (of_tasks.grad_weights.data != outputs.grad_weights.data) {
+      const ConstArray left{of_tasks.grad_weights.data, of_tasks.grad_weights.dtype};
+      split(spread, c_.num_rows(), [&](int64_t first, int64_t last) {
+        kernels.backward_softmax(problem, left, outputs, first, last);
+      });
+    }
     if (c_.wants_reference) {
       split(spread, problem.batch * problem.num_queries, [&](int64_t first, int64_t last) {
         kernels.backward_reference(problem, outputs, first, last);
@@ -253,9 +266,13 @@ class Check {
       if (right) continue;
       std::ostringstream text;
       text.precision(9);
-      text << step << ": " << result.name << "[" << i << "] must be " << expected.middle;
-      if (allowed > 0) text << " within " << allowed;
-      text << ", got " << actual;
+      const auto tell = [&](const char* before, double number) {
+        text << before << (std::isnan(number) ? kNaN : number);  // the sign of NaN says nothing
+      };
+      text << step << ": " << result.name << "[" << i << "]";
+      tell(" must be ", expected.middle);
+      if (allowed > 0) tell(" within ", allowed);
+      tell(", got ", actual);
       throw Wrong(text.str());
     }
   }
@@ -268,7 +285,7 @@ class Check {
   // One of each for the whole run: to map memory takes longer than to run a case.
   struct Memory {
     Guarded value, points, weights, reference, padding_mask, levels, grad_output, output,
-        grad_value, grad_points, grad_weights, grad_reference;
+        grad_value, grad_points, grad_weights, softmax_gradient, grad_reference;
   };
   static Memory& memory() {
     static Memory memory;

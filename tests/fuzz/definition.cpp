@@ -327,7 +327,7 @@ class Definition {
     }
     for (int64_t d = 0; d < D; ++d) expected_.output[head * D + d] = output[d].finish(rounding_);
     if (c_.fused) {
-      by_weight = through_softmax(weights, by_weight, grad_output, head, any_counts);
+      by_weight = through_softmax(weights, by_weight, any_counts);
     }
     std::copy(by_weight.begin(), by_weight.end(), expected_.grad_weights.begin() + head * K);
   }
@@ -357,33 +357,18 @@ class Definition {
     sums[3].add(scaled(by_y, sample.given_y * height * half_over_points));
   }
 
-  // grad_logit = p * (grad_p - sum over all samples of p * grad_p). That sum equals
-  // <grad_output, output>, and may be computed so, from the output as it was stored.
+  // grad_logit = p * (grad_p - sum over all samples of p * grad_p).
   std::vector<Ball> through_softmax(const std::vector<Ball>& weights,
-                                    const std::vector<Ball>& by_weight, const double* grad_output,
-                                    int64_t head, bool any_counts) const {
-    const int64_t D = p_.head_dim;
+                                    const std::vector<Ball>& by_weight, bool any_counts) const {
     Sum sum;
-    for (size_t k = 0; k < weights.size(); ++k) {
-      if (any_counts) sum.add(careful_product(weights[k], by_weight[k]));
-    }
-    Ball delta = sum.finish(rounding_);
-    const Rounding stored = rounding_of(c_.value.dtype);
-    for (int64_t d = 0; d < D && any_counts; ++d) {
-      const Ball& output = expected_.output[head * D + d];
-      const double size = std::fabs(output.middle) + output.radius;
-      delta.radius +=
-          std::fabs(grad_output[d]) *
-          (output.radius + (stored.relative + double(D + 8) * u_) * size + stored.absolute);
-      delta.anything |= output.anything || size > stored.largest;
-    }
+    for (size_t k = 0; k < weights.size(); ++k) sum.add(careful_product(weights[k], by_weight[k]));
+    const Ball delta = sum.finish(rounding_);
     std::vector<Ball> gradients(weights.size());
     for (size_t k = 0; k < weights.size(); ++k) {
-      const Ball difference{by_weight[k].middle - delta.middle,
-                            by_weight[k].radius + delta.radius +
-                                2 * u_ * (std::fabs(by_weight[k].middle) + std::fabs(delta.middle)),
-                            by_weight[k].anything || delta.anything};
-      gradients[k] = rounded(careful_product(weights[k], difference));
+      const Ball difference = {by_weight[k].middle - delta.middle,
+                               by_weight[k].radius + delta.radius,
+                               by_weight[k].anything || delta.anything};
+      gradients[k] = rounded(careful_product(weights[k], rounded(difference)));
       if (!any_counts) gradients[k].anything = !std::isfinite(weights[k].middle);
     }
     return gradients;
