@@ -2,21 +2,24 @@
 
     build     build msda with CUDA kernels for this GPU, and run each form of them once
     test      the whole test suite on the GPU
-    micro     micro-benchmarks of the hardware (micro.cu)
     bench     the operator against PyTorch and every peer found (bench_gpu.py)
+    micro     micro-benchmarks of the hardware (micro.cu): what a reduction costs, gathers, ceilings
+    orders    our kernels with their work in other orders (orders.cu): heads in a tile, split
     sanitize  compute-sanitizer over each form of the kernels (every_form.py)
-    all       each of these in its own process, in this order
+    all       each of these in its own process, in this order: about an hour
 
 Needs a Python with torch >= 2.10, pytest and hypothesis, and nvcc, CMake and Ninja. Every part ends
 within its time limit, does the most important first and writes results as it goes, to
-benchmarks/results/<device>/cuda_*.json. Where the checkout is no git repository, MSDA_COMMIT says
-what it is. ``--device cpu --smoke`` tries the parts without a GPU.
+benchmarks/results/<device>/cuda_*.json. Peers that must be built first: see peers.py. Where the
+checkout is no git repository, MSDA_COMMIT says what it is. ``--device cpu --smoke`` tries the parts
+without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import importlib.metadata
 import json
 import os
@@ -30,7 +33,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ from records import Deadline, write_json
 
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent
-PARTS = ("build", "test", "micro", "bench", "sanitize")
+PARTS = ("build", "test", "bench", "micro", "orders", "sanitize")
 OLDEST_SETUPTOOLS = 77  # pyproject.toml says so too
 GRACE = 30  # seconds beyond its limit after which a part is ended
 
@@ -448,49 +451,126 @@ def watch(
     return seen
 
 
-# ---- micro ---------------------------------------------------------------------------------------
+# ---- programs ------------------------------------------------------------------------------------
 
 
-def micro(options: argparse.Namespace) -> int:
-    """Compile and run micro.cu; results are written line by line as it prints them."""
+def measure(
+    options: argparse.Namespace,
+    part: str,
+    show: Callable[[dict[str, Any], dict[str, Any]], None],
+    and_then: Callable[[Path, Deadline, dict[str, Any]], None] | None = None,
+) -> int:
+    """Compile and run PART.cu; its lines of JSON are written to cuda_PART.json as they come.
+
+    ``and_then`` is given the program, the time left and the results, to add to.
+    """
     deadline = Deadline(options.minutes)
-    path = results_folder(options) / "cuda_micro.json"
+    path = results_folder(options) / f"cuda_{part}.json"
     if options.device == "cpu" and options.program is None:
-        print("micro: skipped: it needs a CUDA device, got --device cpu")
+        print(f"{part}: skipped: it needs a CUDA device, got --device cpu")
         return 0
     results: dict[str, Any] = head(options) | {"measurements": []}
     with tempfile.TemporaryDirectory() as scratch:
-        program = options.program or [str(compile_cuda("micro.cu", Path(scratch), deadline))]
+        program = options.program or [str(compile_cuda(f"{part}.cu", Path(scratch), deadline))]
         command = [*program, "--quick"] if options.smoke else list(program)
         with started(command, deadline.left(), stdout=subprocess.PIPE) as child:
             assert child.process.stdout is not None
             for line in child.process.stdout:
                 entry = json.loads(line)
                 if "device" in entry:
-                    results["micro_device"] = entry
+                    results["program_device"] = entry
                 else:
                     results["measurements"].append(entry)
-                    print_measurement(entry, results["micro_device"])
+                    show(entry, results)
                 write_json(path, results)
             status = child.process.wait()
+        if and_then is not None and status == 0:
+            and_then(Path(program[0]), deadline, results)
+            write_json(path, results)
     print(f"written: {path}")
     if status != 0:
-        print(f"micro: the program must end with status 0, got {status}")
+        print(f"{part}: the program must end with status 0, got {status}")
     return int(status != 0)
 
 
-def print_measurement(entry: dict[str, Any], device: dict[str, Any]) -> None:
+def micro(options: argparse.Namespace) -> int:
+    """Micro-benchmarks of the hardware."""
+    return measure(options, "micro", print_measurement)
+
+
+def print_measurement(entry: dict[str, Any], results: dict[str, Any]) -> None:
     """One line: rates, and bytes per clock of one multiprocessor."""
     if "skipped" in entry:
-        print(f"{entry['name']:<24}skipped: {entry['skipped']}", flush=True)
+        print(f"{entry['name']:<28}skipped: {entry['skipped']}", flush=True)
         return
+    device = results["program_device"]
     per_clock = entry["bytes_per_second"] / (device["clock_hz"] * device["multiprocessors"])
     print(
-        f"{entry['name']:<24}{entry['ms']:>10.4f} ms{entry['bytes_per_second'] / 1e12:>9.3f} TB/s"
+        f"{entry['name']:<28}{entry['ms']:>10.4f} ms{entry['bytes_per_second'] / 1e12:>9.3f} TB/s"
         f"{entry['rows_per_second'] / 1e9:>10.3f} G rows/s{per_clock:>8.1f} B/clk/SM"
         f"{'' if entry['verified'] else '  WRONG RESULT'}",
         flush=True,
     )
+
+
+def orders(options: argparse.Namespace) -> int:
+    """Our kernels with their work in other orders; with Nsight Compute, what they find in L1."""
+    return measure(options, "orders", print_order, count_with_profiler)
+
+
+def print_order(entry: dict[str, Any], results: dict[str, Any]) -> None:
+    """One line: how the work was ordered, and the time over that of the library's own choice."""
+    chosen = next(row for row in results["measurements"] if row["name"] == entry["name"])
+    print(
+        f"{entry['name']:<36}heads {entry['tile_heads'] or 'chosen':>7}"
+        f"  split {entry['split'] or 'chosen':>7}{entry['ms']:>10.4f} ms"
+        f"{entry['ms'] / chosen['ms']:>7.2f}x{'' if entry['verified'] else '  WRONG RESULT'}",
+        flush=True,
+    )
+
+
+# Of Nsight Compute, by the names that we give them.
+METRICS = {
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum": "l1_load_sectors",
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_ld_lookup_hit.sum": "l1_load_sectors_hit",
+    "l1tex__t_sectors_pipe_lsu_mem_global_op_red.sum": "l1_reduction_sectors",
+    "lts__t_sectors_op_red.sum": "l2_reduction_sectors",
+    "l1tex__data_bank_conflicts_pipe_lsu_mem_shared.sum": "bank_conflicts",
+    "smsp__inst_executed.sum": "instructions",
+}
+
+
+def count_with_profiler(program: Path, deadline: Deadline, results: dict[str, Any]) -> None:
+    """Add what Nsight Compute counts, where it is there and may, to each of the measurements."""
+    profiler = find_tool("ncu")
+    if profiler is None:
+        results["profiler"] = "ncu was not found"
+    else:
+        command = [profiler, "--csv", "--kernel-name", "regex:forward_kernel|backward_kernel"]
+        command += ["--metrics", ",".join(METRICS), str(program), "--once"]
+        with started(command, deadline.left(), stdout=subprocess.PIPE) as child:
+            text, _ = child.process.communicate()
+        rows = read_profile(text)
+        if len(rows) == len(results["measurements"]):
+            for entry, counts in zip(results["measurements"], rows, strict=True):
+                entry["counted"] = counts
+            results["profiler"] = "counted"
+        else:
+            words = [line for line in text.splitlines() if line.startswith("==ERROR==")]
+            results["profiler"] = (words or [f"{len(rows)} kernels were counted"])[0]
+    print(f"orders: Nsight Compute: {results['profiler']}")
+
+
+def read_profile(text: str) -> list[dict[str, float]]:
+    """What ``ncu --csv`` prints: the counts of each launch, in the order of launches."""
+    lines = text.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
+    launches: dict[str, dict[str, float]] = {}
+    for row in csv.DictReader(lines[start:]):
+        if row["Metric Name"] in METRICS:
+            count = float(row["Metric Value"].replace(",", ""))
+            launches.setdefault(row["ID"], {})[METRICS[row["Metric Name"]]] = count
+    return list(launches.values())
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -541,7 +621,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--results", type=Path, help="folder (default: by device)")
     parser.add_argument("--file", action="append", help="test: only this file of tests/")
     parser.add_argument("--tool", choices=TOOLS, action="append", help="sanitize: only this tool")
-    parser.add_argument("--program", nargs="+", help="micro: run this instead of compiling")
+    parser.add_argument("--program", nargs="+", help="micro, orders: run this instead of compiling")
     of_bench: list[str] = []
     if "all" in arguments:
         options, of_bench = parser.parse_known_args(arguments)
@@ -563,10 +643,10 @@ def main() -> int:
             "gpu: a CUDA device must be present and torch must be built with CUDA, got "
             f"torch {torch.__version__} and no device"
         )
-    parts = {"build": build, "test": test, "sanitize": sanitize, "micro": micro, "bench": bench}
     if options.part == "all":
         return run_all(options, of_bench)
-    return parts[options.part](options)
+    parts = {"build": build, "test": test, "bench": bench, "micro": micro, "orders": orders}
+    return (parts | {"sanitize": sanitize})[options.part](options)
 
 
 if __name__ == "__main__":

@@ -8,28 +8,22 @@
 // GPU kept busy until the host has enqueued the call; times are medians. bytes_per_second counts
 // what the rows hold (for copies: what is read and what is written). Exit status 0: all verified.
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <vector>
 
+#include "device.cuh"
+
 namespace {
 
-#define MICRO_CHECK(call)                                                \
-  do {                                                                   \
-    const cudaError_t status = (call);                                   \
-    if (status != cudaSuccess) {                                         \
-      std::fprintf(stderr, "%s:%d: %s: %s\n", __FILE__, __LINE__, #call, \
-                   cudaGetErrorString(status));                          \
-      std::exit(2);                                                      \
-    }                                                                    \
-  } while (0)
+using device::DeviceArray;
+using device::Settings;
+using device::time_calls;
+using device::Times;
 
 constexpr int kThreadsPerBlock = 256;
 constexpr int kUnroll = 8;  // independent accesses in flight per thread
@@ -67,13 +61,6 @@ void for_each_row(uint32_t group, int rows_per_group, uint32_t num_rows, Visit v
 
 // ---- kernels
 // -------------------------------------------------------------------------------------
-
-// Occupies one thread for a number of cycles of the multiprocessor's clock.
-__global__ void spin(long long cycles) {
-  const long long start = clock64();
-  while (clock64() - start < cycles) {
-  }
-}
 
 __global__ void do_nothing() {}
 
@@ -207,13 +194,14 @@ struct RedBF16V4 {
   }
 };
 
-constexpr int kRedRowBytes = 128;
+constexpr int kLineBytes = 128, kSectorBytes = 32;
 
-// Each group of lanes adds to whole random rows of 128 bytes.
-template <typename Red>
+// Each group of kLanes lanes adds to random rows of kRowBytes, one instruction of a lane next to
+// the other from the beginning of the row on.
+template <typename Red, int kRowBytes, int kLanes>
 __global__ void __launch_bounds__(kThreadsPerBlock)
     reduce_rows(char* __restrict__ rows, uint32_t num_rows, int rows_per_group) {
-  constexpr int kLanes = kRedRowBytes / Red::kBytes;
+  static_assert(kLanes * Red::kBytes <= kRowBytes);
   const uint32_t thread = blockIdx.x * kThreadsPerBlock + threadIdx.x;
   const int lane = thread % kLanes;
   char* const base = rows + lane * Red::kBytes;
@@ -221,7 +209,7 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 #pragma unroll 8
   for (int i = 0; i < rows_per_group; ++i) {
     state = next(state);
-    Red::add(base + size_t{pick(state, num_rows)} * kRedRowBytes, lane);
+    Red::add(base + size_t{pick(state, num_rows)} * kRowBytes, lane);
   }
 }
 
@@ -238,79 +226,11 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
 
 // ---- host side ----------------------------------------------------------------------------------
 
-template <typename T>
-class DeviceArray {
- public:
-  explicit DeviceArray(size_t count) : count_(count) {
-    MICRO_CHECK(cudaMalloc(&data_, count * sizeof(T)));
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-
-  T* data() const { return data_; }
-  size_t size() const { return count_; }
-  void fill_bytes(int byte) const { MICRO_CHECK(cudaMemset(data_, byte, count_ * sizeof(T))); }
-  void upload(const std::vector<T>& host) const {
-    MICRO_CHECK(cudaMemcpy(data_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
-  }
-  std::vector<T> download() const {
-    std::vector<T> host(count_);
-    MICRO_CHECK(cudaMemcpy(host.data(), data_, count_ * sizeof(T), cudaMemcpyDeviceToHost));
-    return host;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t count_;
-};
-
-struct Settings {
-  cudaDeviceProp device;
-  bool quick;       // a sixteenth of the work: to try the program, not to report
-  double clock_hz;  // of the multiprocessors, measured
-  int repetitions() const { return quick ? 3 : 21; }
-  uint32_t scaled(uint32_t work) const { return quick ? work / 16 : work; }
-  int full_grid() const { return device.multiProcessorCount * 8; }  // 2048 threads each
-};
+int full_grid(const Settings& settings) {
+  return settings.device.multiProcessorCount * 8;  // 2048 threads each
+}
 
 bool all_verified = true;
-
-struct Times {
-  double median_ms, least_ms, most_ms;
-};
-
-// Times enqueue() on the default stream; prepare() is enqueued before each call and not timed.
-template <typename Enqueue, typename Prepare>
-Times time_calls(const Settings& settings, Enqueue enqueue, Prepare prepare) {
-  cudaEvent_t start, stop;
-  MICRO_CHECK(cudaEventCreate(&start));
-  MICRO_CHECK(cudaEventCreate(&stop));
-  // Long enough for the host to enqueue the rest.
-  const long long lead = static_cast<long long>(50e-6 * settings.clock_hz);
-  std::vector<float> times;
-  for (int i = -2; i < settings.repetitions(); ++i) {  // two calls to warm up
-    prepare();
-    spin<<<1, 1>>>(lead);
-    MICRO_CHECK(cudaEventRecord(start));
-    enqueue();
-    MICRO_CHECK(cudaGetLastError());
-    MICRO_CHECK(cudaEventRecord(stop));
-    MICRO_CHECK(cudaEventSynchronize(stop));
-    float milliseconds = 0;
-    MICRO_CHECK(cudaEventElapsedTime(&milliseconds, start, stop));
-    if (i >= 0) times.push_back(milliseconds);
-  }
-  MICRO_CHECK(cudaEventDestroy(start));
-  MICRO_CHECK(cudaEventDestroy(stop));
-  std::sort(times.begin(), times.end());
-  return {times[times.size() / 2], times.front(), times.back()};
-}
-
-template <typename Enqueue>
-Times time_calls(const Settings& settings, Enqueue enqueue) {
-  return time_calls(settings, enqueue, [] {});
-}
 
 // One line of output. rows: how many rows, samples or launches one call handles; bytes: per call.
 void report(const std::string& name, size_t footprint, double rows, double bytes,
@@ -331,45 +251,26 @@ void report_skipped(const std::string& name, const std::string& reason) {
   std::fflush(stdout);
 }
 
-double measure_clock(const Settings& settings) {
-  cudaEvent_t start, stop;
-  MICRO_CHECK(cudaEventCreate(&start));
-  MICRO_CHECK(cudaEventCreate(&stop));
-  const long long cycles = settings.quick ? 1000 * 1000 : 20 * 1000 * 1000;
-  float milliseconds = 0;
-  for (int i = 0; i < 2; ++i) {  // the first raises the clock
-    MICRO_CHECK(cudaEventRecord(start));
-    spin<<<settings.device.multiProcessorCount, 32>>>(cycles);
-    MICRO_CHECK(cudaGetLastError());
-    MICRO_CHECK(cudaEventRecord(stop));
-    MICRO_CHECK(cudaEventSynchronize(stop));
-    MICRO_CHECK(cudaEventElapsedTime(&milliseconds, start, stop));
-  }
-  MICRO_CHECK(cudaEventDestroy(start));
-  MICRO_CHECK(cudaEventDestroy(stop));
-  return static_cast<double>(cycles) / (milliseconds * 1e-3);
-}
-
 void measure_dram(const Settings& settings) {
   size_t free = 0, total = 0;
-  MICRO_CHECK(cudaMemGetInfo(&free, &total));
+  DEVICE_CHECK(cudaMemGetInfo(&free, &total));
   const size_t most = settings.quick ? 64 * kMegabyte : 1024 * kMegabyte;
   const size_t words = std::min(most, free / 4) / sizeof(uint4);
   const size_t bytes = words * sizeof(uint4);
   DeviceArray<uint4> from(words), to(words);
   DeviceArray<unsigned int> different(1);
-  const int grid = settings.full_grid();
+  const int grid = full_grid(settings);
   fill_random<<<grid, kThreadsPerBlock>>>(reinterpret_cast<uint32_t*>(from.data()), words * 4);
 
   const auto is_copied = [&] {
     different.fill_bytes(0);
     count_different<<<grid, kThreadsPerBlock>>>(from.data(), to.data(), words, different.data());
-    MICRO_CHECK(cudaGetLastError());
+    DEVICE_CHECK(cudaGetLastError());
     return different.download()[0] == 0;
   };
   const auto copy = [&] { copy_words<<<grid, kThreadsPerBlock>>>(from.data(), to.data(), words); };
   const auto copy_by_driver = [&] {
-    MICRO_CHECK(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice));
+    DEVICE_CHECK(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice));
   };
   to.fill_bytes(0xff);
   copy();
@@ -390,7 +291,7 @@ void measure_dram(const Settings& settings) {
 void measure_reads(const Settings& settings, const char* name, size_t bytes, int passes) {
   const size_t words = bytes / sizeof(uint4);
   DeviceArray<uint4> data(words);
-  const int grid = settings.full_grid();
+  const int grid = full_grid(settings);
   DeviceArray<uint32_t> sums(size_t(grid) * kThreadsPerBlock);
   fill_random<<<grid, kThreadsPerBlock>>>(reinterpret_cast<uint32_t*>(data.data()), words * 4);
   sums.fill_bytes(0xff);
@@ -451,8 +352,8 @@ double element_of(const std::vector<char>& rows, size_t element, int element_byt
   return number;
 }
 
-template <typename Red>
-void measure_reductions(const Settings& settings, const char* where, uint32_t num_rows) {
+template <typename Red, int kRowBytes = kLineBytes, int kLanes = kRowBytes / Red::kBytes>
+void measure_reductions(const Settings& settings, const std::string& where, uint32_t num_rows) {
   const std::string name = std::string(Red::kName) + "." + where;
   if (Red::kIsVector && settings.device.major < kFirstWithVectorReductions) {
     report_skipped(name, "vector reductions need compute capability 9.0, got " +
@@ -460,11 +361,12 @@ void measure_reductions(const Settings& settings, const char* where, uint32_t nu
                              std::to_string(settings.device.minor));
     return;
   }
-  constexpr int kLanes = kRedRowBytes / Red::kBytes, kRowsPerGroup = 64;
-  constexpr int kElements = kRedRowBytes / Red::kElementBytes;
+  constexpr int kRowsPerGroup = 64;
+  constexpr int kElements = kRowBytes / Red::kElementBytes;
+  constexpr int kFilled = kLanes * Red::kBytes / Red::kElementBytes;  // of those, from the first on
   const uint32_t blocks = settings.scaled(1u << 16) * kLanes / kThreadsPerBlock;
   const uint32_t groups = blocks * kThreadsPerBlock / kLanes;
-  DeviceArray<char> rows(size_t{num_rows} * kRedRowBytes);
+  DeviceArray<char> rows(size_t{num_rows} * kRowBytes);
 
   // bfloat16 counts exactly to 256 only: about 8 additions per row while checking.
   constexpr bool kCountsFar = Red::kElementBytes == 4;
@@ -472,8 +374,9 @@ void measure_reductions(const Settings& settings, const char* where, uint32_t nu
   const uint32_t checked_blocks =
       kCountsFar ? blocks : std::min(blocks, num_rows * kLanes / kThreadsPerBlock);
   rows.fill_bytes(0);
-  reduce_rows<Red><<<checked_blocks, kThreadsPerBlock>>>(rows.data(), num_rows, checked_rows);
-  MICRO_CHECK(cudaGetLastError());
+  reduce_rows<Red, kRowBytes, kLanes>
+      <<<checked_blocks, kThreadsPerBlock>>>(rows.data(), num_rows, checked_rows);
+  DEVICE_CHECK(cudaGetLastError());
   const std::vector<char> sums = rows.download();
   std::vector<int> visits(num_rows, 0);
   for (uint32_t group = 0; group < checked_blocks * kThreadsPerBlock / kLanes; ++group) {
@@ -481,15 +384,29 @@ void measure_reductions(const Settings& settings, const char* where, uint32_t nu
   }
   bool verified = true;
   for (size_t i = 0; i < size_t{num_rows} * kElements; ++i) {
-    const double expected = double(visits[i / kElements]) * increment(static_cast<int>(i % 4));
+    const double added = int(i % kElements) < kFilled ? increment(static_cast<int>(i % 4)) : 0;
+    const double expected = double(visits[i / kElements]) * added;
     verified = verified && element_of(sums, i, Red::kElementBytes) == expected;
   }
 
   const Times times = time_calls(settings, [&] {
-    reduce_rows<Red><<<blocks, kThreadsPerBlock>>>(rows.data(), num_rows, kRowsPerGroup);
+    reduce_rows<Red, kRowBytes, kLanes>
+        <<<blocks, kThreadsPerBlock>>>(rows.data(), num_rows, kRowsPerGroup);
   });
   const double added = double(groups) * kRowsPerGroup;
-  report(name, rows.size(), added, added * kRedRowBytes, times, settings.repetitions(), verified);
+  const double bytes = added * kLanes * Red::kBytes;
+  report(name, rows.size(), added, bytes, times, settings.repetitions(), verified);
+}
+
+// Whether a reduction costs by the sector or by the byte: a warp adds to random sectors, kLanes of
+// its lanes to each. If by the sector, as many sectors are done in a second however full; rows are
+// sectors here.
+template <typename Red, int kLanes>
+void measure_fill_of_sectors(const Settings& settings, uint32_t num_lines) {
+  constexpr int kWords = kLanes * Red::kBytes / 4, kOf = kSectorBytes / 4;
+  const std::string where = std::to_string(kWords) + "of" + std::to_string(kOf) + ".random";
+  measure_reductions<Red, kSectorBytes, kLanes>(settings, where,
+                                                num_lines * (kLineBytes / kSectorBytes));
 }
 
 void measure_ranks(const Settings& settings, const char* where, uint32_t num_cells) {
@@ -499,10 +416,10 @@ void measure_ranks(const Settings& settings, const char* where, uint32_t num_cel
   const Times times = time_calls(
       settings,
       [&] {
-        rank_samples<<<settings.full_grid(), kThreadsPerBlock>>>(counts.data(), num_cells,
-                                                                 num_samples, ranks.data());
+        rank_samples<<<full_grid(settings), kThreadsPerBlock>>>(counts.data(), num_cells,
+                                                                num_samples, ranks.data());
       },
-      [&] { MICRO_CHECK(cudaMemsetAsync(counts.data(), 0, num_cells * sizeof(int))); });
+      [&] { DEVICE_CHECK(cudaMemsetAsync(counts.data(), 0, num_cells * sizeof(int))); });
 
   // Within each cell the ranks must be a permutation of 0, 1, ..., count - 1.
   std::vector<int> expected(num_cells, 0);
@@ -526,8 +443,8 @@ void measure_ranks(const Settings& settings, const char* where, uint32_t num_cel
 void measure_fill(const Settings& settings, size_t bytes) {
   DeviceArray<char> buffer(bytes);
   const Times times = time_calls(
-      settings, [&] { MICRO_CHECK(cudaMemsetAsync(buffer.data(), 0x5a, bytes)); },
-      [&] { MICRO_CHECK(cudaMemsetAsync(buffer.data(), 0, bytes)); });
+      settings, [&] { DEVICE_CHECK(cudaMemsetAsync(buffer.data(), 0x5a, bytes)); },
+      [&] { DEVICE_CHECK(cudaMemsetAsync(buffer.data(), 0, bytes)); });
   bool verified = true;
   for (const char byte : buffer.download()) verified = verified && byte == 0x5a;
   report("fill.45MB", bytes, 1, double(bytes), times, settings.repetitions(), verified);
@@ -542,37 +459,17 @@ void measure_launches(const Settings& settings) {
 }
 
 int run(bool quick) {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0) {
-    std::fprintf(stderr, "micro: a CUDA device must be present, got none\n");
-    return 2;
-  }
-  Settings settings{};
-  settings.quick = quick;
-  int id = 0, runtime = 0, driver = 0;
-  MICRO_CHECK(cudaGetDevice(&id));
-  MICRO_CHECK(cudaGetDeviceProperties(&settings.device, id));
-  MICRO_CHECK(cudaRuntimeGetVersion(&runtime));
-  MICRO_CHECK(cudaDriverGetVersion(&driver));
-  settings.clock_hz = measure_clock(settings);
-  const cudaDeviceProp& device = settings.device;
-  std::printf(
-      "{\"device\": \"%s\", \"capability\": \"%d.%d\", \"multiprocessors\": %d, "
-      "\"l2_bytes\": %d, \"memory_bytes\": %zu, \"clock_hz\": %.6e, \"cuda_runtime\": %d, "
-      "\"cuda_driver\": %d, \"quick\": %s}\n",
-      device.name, device.major, device.minor, device.multiProcessorCount, device.l2CacheSize,
-      device.totalGlobalMem, settings.clock_hz, runtime, driver, quick ? "true" : "false");
-  std::fflush(stdout);
+  const Settings settings = device::begin("micro", quick);
 
   // The ceilings.
   measure_dram(settings);
   measure_reads(settings, "dram.read", (quick ? 64 : 512) * kMegabyte, 1);
-  measure_reads(settings, "l2.read", std::min<size_t>(16 * kMegabyte, device.l2CacheSize / 2),
-                quick ? 4 : 64);
+  measure_reads(settings, "l2.read",
+                std::min<size_t>(16 * kMegabyte, settings.device.l2CacheSize / 2), quick ? 4 : 64);
 
   // Reductions into 45 MB (grad_value of the encoder, batch 2, float32) and into the rows of its
   // smallest level, 13 x 21 pixels of 8 heads and 2 images.
-  constexpr uint32_t kRandomRows = 45 * kMegabyte / kRedRowBytes, kHotRows = 273 * 8 * 2;
+  constexpr uint32_t kRandomRows = 45 * kMegabyte / kLineBytes, kHotRows = 273 * 8 * 2;
   measure_reductions<RedF32V4>(settings, "random", kRandomRows);
   measure_reductions<RedF32V4>(settings, "hot", kHotRows);
   measure_reductions<RedF32>(settings, "random", kRandomRows);
@@ -581,6 +478,12 @@ int run(bool quick) {
   measure_reductions<RedF32V2>(settings, "hot", kHotRows);
   measure_reductions<RedBF16V4>(settings, "random", kRandomRows);
   measure_reductions<RedBF16V4>(settings, "hot", kHotRows);
+  measure_fill_of_sectors<RedF32, 1>(settings, kRandomRows);
+  measure_fill_of_sectors<RedF32, 2>(settings, kRandomRows);
+  measure_fill_of_sectors<RedF32, 4>(settings, kRandomRows);
+  measure_fill_of_sectors<RedF32, 8>(settings, kRandomRows);
+  measure_fill_of_sectors<RedF32V4, 1>(settings, kRandomRows);
+  measure_fill_of_sectors<RedF32V4, 2>(settings, kRandomRows);
 
   // Gathers: in L2 at three footprints, and in L1.
   for (const int megabytes : {11, 23, 45}) {

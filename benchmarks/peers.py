@@ -11,6 +11,23 @@ library; what it is, is told by what it holds:
 - ``FlashDeformAttnFunction``: DCNv4, which takes logits and is therefore compared as a fused one.
 
 A peer that is missing, does not run here, or computes something else is listed with the reason.
+
+Two are CUDA sources that today's torch no longer compiles as they are. Given a checkout of theirs,
+they are copied, names that torch has changed since are replaced, and the result is built for the
+present GPU (TORCH_CUDA_ARCH_LIST, for another):
+
+    python benchmarks/peers.py build original Deformable-DETR/models/ops out/peers
+    python benchmarks/peers.py build DCNv4 DCNv4/DCNv4_op out/peers
+
+Each prints what to hand to the benchmarks. Others need no build: msda-triton's is a package of
+Python, mmcv's an installed one.
+
+    make gpu GPU_OPTIONS="--peer original=out/peers/original/MultiScaleDeformableAttention.so
+        --peer DCNv4=out/peers/DCNv4/DCNv4/__init__.py
+        --peer msda-triton=msda-triton/src/msda_triton/__init__.py --peer mmcv=mmcv._ext"
+
+(all in one line). A build needs no GPU where TORCH_CUDA_ARCH_LIST says for which one it is, such as
+9.0; DCNv4's takes minutes.
 """
 
 from __future__ import annotations
@@ -21,6 +38,8 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -47,6 +66,48 @@ KNOWN = {
     "transformers": "transformers.models.deformable_detr.modeling_deformable_detr",
 }
 IM2COL_STEP = 64  # the original's default; images that one of its launches handles
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to build a peer from its sources."""
+
+    module: str  # the compiled one
+    sources: tuple[str, ...]
+    copied: tuple[str, ...]  # folders
+    result: str  # what names the peer, within the copy
+
+
+RECIPES = {
+    "original": Recipe(
+        "MultiScaleDeformableAttention",
+        ("src/vision.cpp", "src/cpu/ms_deform_attn_cpu.cpp", "src/cuda/ms_deform_attn_cuda.cu"),
+        ("src",),
+        "MultiScaleDeformableAttention.so",
+    ),
+    "DCNv4": Recipe(
+        "ext",
+        ("src/vision.cpp", "src/cuda/dcnv4_cuda.cu", "src/cuda/flash_deform_attn_cuda.cu"),
+        ("src", "DCNv4"),
+        "DCNv4/__init__.py",
+    ),
+}
+
+# Of names that torch had when these were written, what it has today.
+REPLACEMENTS = {
+    r"<THC/THCAtomics\.cuh>": "<ATen/cuda/Atomic.cuh>",
+    r"\.type\(\)\.is_cuda\(\)": ".is_cuda()",
+    r"\.type\(\)": ".scalar_type()",
+    r"\.data<(\w+)>\(\)": r".data_ptr<\1>()",
+}
+# As their own setup scripts have them.
+NVCC_FLAGS = [
+    "-O3",
+    "-DCUDA_HAS_FP16=1",
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+]
 
 
 class PeerError(Exception):
@@ -161,6 +222,44 @@ def _holders(module: Any) -> list[Any]:
         if holder is not None:
             holders.append(holder)
     return holders
+
+
+# ---- building ------------------------------------------------------------------------------------
+
+
+def build(name: str, source: Path, output: Path) -> Path:
+    """Build a peer of RECIPES from its sources; what names it.
+
+    Raises:
+        PeerError: a source is not where it should be.
+    """
+    recipe = RECIPES[name]
+    for part in (*recipe.copied, *recipe.sources):
+        if not (source / part).exists():
+            raise PeerError(f"the sources of {name} must hold {part}, got none in {source}")
+    folder = output / name
+    for part in recipe.copied:
+        shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
+    for path in folder.rglob("*"):
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
+            text = path.read_text()
+            for old, new in REPLACEMENTS.items():
+                text = re.sub(old, new, text)
+            path.write_text(text)
+    target = folder / recipe.result
+    from torch.utils.cpp_extension import load as compile_extension
+
+    compile_extension(
+        recipe.module,
+        [str(folder / part) for part in recipe.sources],
+        extra_include_paths=[str(folder / "src")],
+        extra_cflags=["-O3", "-DWITH_CUDA"],
+        extra_cuda_cflags=["-DWITH_CUDA", *NVCC_FLAGS],
+        build_directory=str(target.parent),
+        with_cuda=True,
+        verbose=True,
+    )
+    return target
 
 
 # ---- calling -------------------------------------------------------------------------------------
@@ -339,7 +438,7 @@ def _is_installed(name: str) -> bool:
 
 def _try_in_another_process(what: str, device: str, limit: float = 120) -> None:
     """Check a peer where a crash, or an error that a GPU does not recover from, harms nobody."""
-    command = [sys.executable, __file__, what, "--device", device]
+    command = [sys.executable, __file__, "check", what, "--device", device]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
@@ -357,13 +456,25 @@ def _in_a_line(error: BaseException) -> str:
 
 
 def main() -> int:
-    """Check one peer: nothing to say and status 0, or the reason and status 1."""
-    parser = argparse.ArgumentParser(description="Check that a peer computes the operator.")
-    parser.add_argument("what", help="what can be imported, or a .py or .so file")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    """Check one peer: nothing to say and status 0, or the reason and status 1. Or build one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    checking = commands.add_parser("check", help="whether a peer computes the operator")
+    checking.add_argument("what", help="what can be imported, or a .py or .so file")
+    checking.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    building = commands.add_parser("build", help="compile a peer's CUDA sources")
+    building.add_argument("name", choices=RECIPES)
+    building.add_argument("source", type=Path, help="the folder that holds its src")
+    building.add_argument("output", type=Path, help="where to, in a folder of its name")
     options = parser.parse_args()
     try:
-        check(recognise(*_with_module(options.what)), options.device)
+        if options.command == "build":
+            target = build(options.name, options.source, options.output)
+            print(f"--peer {options.name}={target}")
+        else:
+            check(recognise(*_with_module(options.what)), options.device)
     except PeerError as error:
         print(error)
         return 1

@@ -239,6 +239,9 @@ def test_results_do_not_depend_on_the_size_of_the_gpu(make, num_queries, head_di
     assert_all_close(inputs, small, compute_all_exactly(inputs))
     assert_all_same_bits(other, small)
     assert_all_same_bits(large, small)
+    for tile_heads in (1, 2, 4):
+        gpu = executor.make_device(num_multiprocessors=1)
+        assert_all_same_bits(compute_all(inputs, gpu, split=1, tile_heads=tile_heads), small)
 
 
 @every_dtype

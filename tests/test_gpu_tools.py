@@ -445,10 +445,52 @@ def test_a_peer_that_crashes_harms_nobody(peer_file):
 
 def test_a_peer_is_tried_in_a_process_of_its_own(peer_file, monkeypatch, capsys):
     for text, status in ((ORIGINAL + FILLS, 0), (ORIGINAL + WRONG, 1)):
-        arguments = ["peers.py", peer_file("peer", text), "--device=cpu"]
+        arguments = ["peers.py", "check", peer_file("peer", text), "--device=cpu"]
         monkeypatch.setattr(sys, "argv", arguments)
         assert peers.main() == status
         assert capsys.readouterr().out.startswith("output must differ" if status else "")
+
+
+SOURCE = """
+#include <THC/THCAtomics.cuh>
+AT_ASSERTM(value.type().is_cuda(), "value must be a CUDA tensor");
+AT_DISPATCH_FLOATING_TYPES(value.type(), "forward", shapes.data<int64_t>());
+"""
+TODAY = """
+#include <ATen/cuda/Atomic.cuh>
+AT_ASSERTM(value.is_cuda(), "value must be a CUDA tensor");
+AT_DISPATCH_FLOATING_TYPES(value.scalar_type(), "forward", shapes.data_ptr<int64_t>());
+"""
+
+
+@pytest.mark.parametrize("name", peers.RECIPES)
+def test_a_peer_is_built_from_a_copy_of_its_sources(name, tmp_path, monkeypatch, capsys):
+    from torch.utils import cpp_extension
+
+    recipe, source = peers.RECIPES[name], tmp_path / "source"
+    for part in (*recipe.sources, "DCNv4/__init__.py"):
+        (source / part).parent.mkdir(parents=True, exist_ok=True)
+        (source / part).write_text(SOURCE)
+    built = []
+
+    def compile_extension(module, sources, build_directory, **options):
+        assert [Path(path).read_text() for path in sources] == [TODAY] * len(sources)
+        assert "-DWITH_CUDA" in options["extra_cuda_cflags"]
+        (library := Path(build_directory) / f"{module}.so").touch()
+        built.append(library)
+
+    monkeypatch.setattr(cpp_extension, "load", compile_extension)
+    output = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["peers.py", "build", name, str(source), str(output)])
+    assert peers.main() == 0
+    said = capsys.readouterr().out.strip()
+    assert said == f"--peer {name}={output / name / recipe.result}"
+    assert (output / name / recipe.result).exists()
+    assert built[0].parent == (output / name / recipe.result).parent
+    assert (source / recipe.sources[0]).read_text() == SOURCE
+    shutil.rmtree(source / "src")
+    assert peers.main() == 1
+    assert capsys.readouterr().out.startswith(f"the sources of {name} must hold src, got none in")
 
 
 def test_labels_of_peers():
@@ -560,6 +602,20 @@ def test_bench_stops_in_time_and_says_what_it_left_out(tmp_path):
     assert status == int(not results["rows"])
 
 
+def test_bench_does_the_most_telling_first():
+    names, dtypes = list(workloads.GPU_WORKLOADS), list(bench_gpu.DTYPES)
+    steps = list(bench_gpu.plan(names, dtypes, list(bench_gpu.DIRECTIONS)))
+    first = [(name, ["float32", "float16"]) for name in bench_gpu.MAIN_WORKLOADS]
+    assert [step[:2] for step in steps[:6]] == first * 2
+    assert [step[2] for step in steps[:3]] == [["backward", "forward"]] * 3
+    assert [step[2] for step in steps[3:6]] == [["fused backward", "fused forward"]] * 3
+    every = [(n, dtype, d) for n, some, directions in steps for dtype in some for d in directions]
+    assert len(every) == len(set(every)) == len(names) * len(dtypes) * 4
+    assert list(bench_gpu.plan(["rt-detr"], ["bfloat16"], ["forward"])) == [
+        ("rt-detr", ["bfloat16"], ["forward"])
+    ]
+
+
 def test_every_workload_is_real_and_shrinks():
     for workload in workloads.GPU_WORKLOADS.values():
         assert workload.source
@@ -626,6 +682,76 @@ def test_the_parts_are_run_one_by_one_and_only_bench_gets_what_is_its_own(monkey
     for command in commands:
         assert command[3:7] == ["--device", "cpu", "--minutes", "2.0"]
         assert command[7:] == (["--seconds", "2"] if command[2] == "bench" else [])
+
+
+# A test that passed, under a name that pytest's plugin would write.
+FAKE_OUTCOMES = [{"selected": 1}, {"test": "a", "outcome": "passed", "seconds": 1, "message": ""}]
+
+
+def test_one_call_runs_every_part_to_its_end_on_a_device_that_is_faked(
+    tmp_path, peer_file, peers_in_this_process, monkeypatch, capsys
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "head", lambda options: {"machine": {"device": "Fake GPU"}})
+    tools = {
+        "nvcc": "/usr/local/cuda/bin/nvcc",
+        "compute-sanitizer": str(tmp_path / "compute-sanitizer"),
+        "ncu": script(tmp_path / "ncu", PROFILE),
+    }
+    fake = dict(python=sys.executable, errors=0, seconds=0, outcome="right")
+    (tmp_path / "compute-sanitizer").write_text(FAKE_SANITIZER.format(**fake))
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    monkeypatch.setattr(gpu, "find_tool", tools.get)
+    programs = {"micro": MICRO, "orders": ORDERS, "planted_faults": []}
+    commands = []
+    truly_run = gpu.run
+
+    def run(command, limit, env=None, **options):
+        """As on a machine with a GPU, where other programs do what is theirs."""
+        assert 0 < limit <= 60 * 2 + gpu.GRACE
+        commands.append(command)
+        if command[0] == tools["nvcc"]:
+            assert command[3] == "-arch=sm_90"
+            target = Path(command[command.index("-o") + 1])
+            script(target, "\n".join(map(json.dumps, programs[target.name])))
+        elif command[1:2] == [gpu.__file__]:
+            monkeypatch.setattr(sys, "argv", command[1:])
+            return gpu.main()
+        elif "pytest" in command:
+            Path(env["MSDA_OUTCOMES"]).write_text("\n".join(map(json.dumps, FAKE_OUTCOMES)))
+        elif command[0] == tools["compute-sanitizer"]:
+            return truly_run(command, limit)
+        else:
+            assert command[1:3] in (["-m", "pip"], ["-m", "msda.info"]) or "--brief" in command
+        return 0
+
+    monkeypatch.setattr(gpu, "run", run)
+    on_device = bench_gpu.run
+
+    def bench_on_cpu(options, folder):
+        options.device = "cpu"
+        options.workload, options.dtype = ["decoder-300"], ["float32"]
+        return on_device(options, folder)
+
+    monkeypatch.setattr(bench_gpu, "run", bench_on_cpu)
+    monkeypatch.setattr(gpu.signal, "signal", lambda *_: None)
+    peer = peer_file("original", ORIGINAL + RETURNS)
+    arguments = ["gpu.py", "all", "--smoke", "--minutes=2", f"--results={tmp_path}"]
+    monkeypatch.setattr(sys, "argv", [*arguments, f"--peer=original={peer}"])
+    assert gpu.main() == 0
+    assert "gpu: all parts ended well" in capsys.readouterr().out
+    parts = [command[2] for command in commands if command[1:2] == [gpu.__file__]]
+    assert parts == ["build", "test", "bench", "micro", "orders", "sanitize"]
+    results = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("cuda_*.json")}
+    assert results["cuda_tests.json"]["passed"] > 0
+    assert len(results["cuda_operator.json"]["rows"]) == 4
+    assert results["cuda_operator.json"]["peers"] == {"original": "compiled"}
+    assert results["cuda_micro.json"]["measurements"] == MICRO[1:]
+    assert results["cuda_orders.json"]["profiler"] == "counted"
+    assert {tool["status"] for tool in results["cuda_sanitizer.json"]["tools"].values()} == {
+        "clean"
+    }
 
 
 def test_nothing_is_run_after_a_failed_build(monkeypatch, capsys):
@@ -828,7 +954,7 @@ def test_measurements_are_kept_however_the_program_ends(tmp_path, status, capsys
     options.program = [sys.executable, "-c", program]
     assert gpu.micro(options) == status
     results = json.loads((tmp_path / "cuda_micro.json").read_text())
-    assert results["micro_device"] == MICRO[0]
+    assert results["program_device"] == MICRO[0]
     assert results["measurements"] == MICRO[1:]
     text = capsys.readouterr().out
     assert "3.000 TB/s" in text
@@ -836,14 +962,68 @@ def test_measurements_are_kept_however_the_program_ends(tmp_path, status, capsys
     assert "skipped: vector reductions need" in text
 
 
+ORDER = {"name": "encoder-2.float32.forward", "ms": 2.0, "verified": True}
+ORDERS = [
+    MICRO[0],
+    ORDER | {"tile_heads": 0, "split": 0},
+    ORDER | {"tile_heads": 2, "split": 1, "ms": 3.0},
+    ORDER | {"tile_heads": 4, "split": 1, "ms": 1.0, "verified": False},
+]
+# Nsight Compute: what it prints first, then a line for each metric of each launch.
+PROFILE = """==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","7","forward_kernel","l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum","sector","1,000"
+"0","7","forward_kernel","smsp__inst_executed.sum","inst","10"
+"1","7","forward_kernel","l1tex__t_sectors_pipe_lsu_mem_global_op_ld.sum","sector","2,500"
+"1","7","forward_kernel","smsp__inst_executed.sum","inst","20"
+"2","7","forward_kernel","smsp__inst_executed.sum","inst","30"
+"""
+REFUSED = "==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access counters\n"
+
+
+def script(path, text):
+    """An executable Python program that prints ``text``."""
+    path.write_text(f"#!{sys.executable}\nprint({text!r})\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("profiler", "said"),
+    [(PROFILE, "counted"), (REFUSED, REFUSED.strip()), (None, "ncu was not found")],
+    ids=["counted", "refused", "none"],
+)
+def test_orders_are_timed_and_counted_where_there_is_a_profiler(
+    tmp_path, profiler, said, monkeypatch, capsys
+):
+    ncu = profiler and script(tmp_path / "ncu", profiler)
+    monkeypatch.setattr(gpu, "find_tool", lambda name: ncu)
+    options, _ = gpu.parse(["orders", "--device=cpu", f"--results={tmp_path}"])
+    options.program = [script(tmp_path / "orders", "\n".join(map(json.dumps, ORDERS)))]
+    assert gpu.orders(options) == 0
+    results = json.loads((tmp_path / "cuda_orders.json").read_text())
+    assert results["profiler"] == said
+    counted = [row.pop("counted", {}) for row in results["measurements"]]
+    assert results["measurements"] == ORDERS[1:]
+    assert [row.get("instructions") for row in counted] == (
+        [10, 20, 30] if profiler == PROFILE else [None] * 3
+    )
+    assert counted[1].get("l1_load_sectors") == (2500 if profiler == PROFILE else None)
+    text = capsys.readouterr().out
+    assert "heads       2  split       1    3.0000 ms   1.50x" in text
+    assert "0.50x  WRONG RESULT" in text
+
+
 ARCHITECTURES = ("75", "80", "90", "100", "120")
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-@pytest.mark.parametrize("source", ["micro.cu", "planted_faults.cu"])
+@pytest.mark.parametrize("source", ["micro.cu", "orders.cu", "planted_faults.cu"])
 def test_programs_compile_without_a_warning(tmp_path, source):
     known = subprocess.run(["nvcc", "--list-gpu-arch"], capture_output=True, text=True).stdout
-    chosen = [name for name in ARCHITECTURES if f"compute_{name}" in known]
+    # orders.cu holds our own kernels, which take minutes and are compiled for all elsewhere.
+    wanted = ARCHITECTURES if source != "orders.cu" else ("90",)
+    chosen = [name for name in wanted if f"compute_{name}" in known]
     assert "90" in chosen
     targets = [f"-gencode=arch=compute_{name},code=sm_{name}" for name in chosen]
     command = ["nvcc", "-std=c++17", "-Werror", "all-warnings", "--threads", "0", *targets]

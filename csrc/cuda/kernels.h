@@ -25,8 +25,12 @@ struct CudaCall {
   void* level_table = nullptr;
 
   // Sub-warps that share the samples of one query and head: 1, 2, 4, ..., or 0 for as many as a GPU
-  // needs that is not full. Tests set it.
+  // needs that is not full. Tests and benchmarks set it.
   int split = 0;
+
+  // Heads that a block works on at once: 1, 2, 4, ..., of which M is a multiple, or 0 for as many as
+  // fill a line of the cache. Tests and benchmarks set it.
+  int tile_heads = 0;
 };
 
 int64_t level_table_bytes(int64_t num_levels, bool shapes_on_device);

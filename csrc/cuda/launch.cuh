@@ -180,9 +180,12 @@ inline Order make_order(const Problem& problem, const CudaCall& call, int lanes,
 
   const int32_t heads_per_pass = kThreadsPerBlock / lanes / order.split;
   const int64_t head_bytes = problem.head_dim * element_size(problem.value.dtype);
-  while ((2 << order.log2_tile_heads) * head_bytes <= kCacheLine &&
-         problem.num_heads % (2 << order.log2_tile_heads) == 0 &&
-         (2 << order.log2_tile_heads) <= heads_per_pass) {
+  const auto fits = [&](int32_t tile_heads) {
+    const bool is_wanted = call.tile_heads != 0 ? tile_heads <= call.tile_heads
+                                                : tile_heads * head_bytes <= kCacheLine;
+    return is_wanted && problem.num_heads % tile_heads == 0 && tile_heads <= heads_per_pass;
+  };
+  while (fits(2 << order.log2_tile_heads)) {
     ++order.log2_tile_heads;
   }
   order.num_head_groups = uint32_t(problem.num_heads >> order.log2_tile_heads);

@@ -212,6 +212,7 @@ struct Options {
   std::set<std::string> misaligned;  // arrays that start one element off an aligned address
   std::set<std::string> in_place;    // arrays too large to be copied, filled or checked
   int split = 0;                     // CudaCall's
+  int tile_heads = 0;                // CudaCall's
 };
 
 // A problem whose arrays are copies in device memory.
@@ -245,6 +246,7 @@ class Call {
     const bool shapes_on_device = !options.device_shapes.empty();
     cuda_call.stream = executor::current_stream();
     cuda_call.split = options.split;
+    cuda_call.tile_heads = options.tile_heads;
     const int64_t table_bytes = msda::level_table_bytes(problem.num_levels, shapes_on_device);
     if (table_bytes > 0) cuda_call.level_table = allocate("level_table", table_bytes).data();
   }
@@ -459,12 +461,16 @@ void bind_kernels(py::module_ m) {
   using Names = std::set<std::string>;
   py::class_<Options>(m, "Options")
       .def(py::init([](bool nearest, std::string device_shapes, Names misaligned, Names in_place,
-                       int split) {
-             return Options{nearest, std::move(device_shapes), std::move(misaligned),
-                            std::move(in_place), split};
+                       int split, int tile_heads) {
+             return Options{nearest,
+                            std::move(device_shapes),
+                            std::move(misaligned),
+                            std::move(in_place),
+                            split,
+                            tile_heads};
            }),
            py::kw_only(), "nearest"_a = false, "device_shapes"_a = "", "misaligned"_a = Names(),
-           "in_place"_a = Names(), "split"_a = 0);
+           "in_place"_a = Names(), "split"_a = 0, "tile_heads"_a = 0);
   m.def("forward", &forward, "device"_a, "arrays"_a, "spatial_shapes"_a, "num_points"_a,
         "options"_a);
   m.def("gather", &gather, "device"_a, "arrays"_a, "spatial_shapes"_a, "num_points"_a, "options"_a);
