@@ -254,11 +254,14 @@ def as_counts(num_points: Sequence[int] | None) -> list[int]:
     if num_points is None:
         return []
     try:
-        return as_ints(num_points, "num_points")
+        counts = as_ints(num_points, "num_points")
     except TypeError:
         raise TypeError(
             f"num_points must be a sequence of one int per level, got {num_points!r}"
         ) from None
+    if not counts:  # which the operators take for none given
+        raise RuntimeError("num_points must hold one count per level, got ()")
+    return counts
 
 
 def split_shapes(spatial_shapes: SpatialShapes) -> tuple[list[int], Tensor | None]:

@@ -116,6 +116,7 @@ _METADATA = [
         dict(num_points=[2]),
         r"^num_points must hold one count per level \(2\), got \(2,\)$",
     ),
+    (dict(num_points=[]), r"^num_points must hold one count per level, got \(\)$"),
     (dict(num_points=[3, -1]), r"^num_points must not be negative, got \(3, -1\)$"),
 ]
 
