@@ -144,6 +144,8 @@ inline Vec<float> clamp(Vec<float> v) {
   return (Vec<float>)_mm256_min_ps(_mm256_max_ps((__m256)v, _mm256_setzero_ps()), (__m256)one);
 #elif defined(__SSE2__)
   return (Vec<float>)_mm_min_ps(_mm_max_ps((__m128)v, _mm_setzero_ps()), (__m128)one);
+#elif defined(__ARM_NEON)
+  return (Vec<float>)vminq_f32(vmaxq_f32((float32x4_t)v, vdupq_n_f32(0)), (float32x4_t)one);
 #else
   const Vec<float> positive = v > 0 ? v : Vec<float>{};
   return positive < 1 ? positive : one;
