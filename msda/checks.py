@@ -245,6 +245,11 @@ def _check_pyramid(
             raise RuntimeError("spatial_shapes must be given as numbers or as a tensor, got both")
         known.check("spatial_shapes", shapes_tensor)
         if shapes_tensor.is_cpu and has_numbers(shapes_tensor):
+            if len(shapes_tensor) > max(1, value.shape[1]):  # a level has a pixel at least
+                raise RuntimeError(
+                    f"spatial_shapes must cover the S = {value.shape[1]} keys of value, "
+                    f"got {len(shapes_tensor)} levels"
+                )
             shapes = shapes_tensor.flatten().tolist()
     num_levels = known.sizes["L"]
     if num_levels == 0:

@@ -194,7 +194,7 @@ def change_list(numbers: Any, random: Random) -> Any:
     else:
         changed[where] = number
     if random.random() < 0.2:
-        changed = random.choice([changed[:-1], changed * 2, changed[0], [changed], iter(changed)])
+        changed = random.choice([changed[:-1], changed * 2, changed[0], [changed], tuple(changed)])
     return changed
 
 
