@@ -731,6 +731,14 @@ def _tried(run: dict) -> str:
     return f"{number} {'tests' if 'passed' in kinds else 'calls'}"
 
 
+def hits_table() -> str:
+    """How often a model of L1 holds an encoder's pixels."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from memory_traffic import BUDGET, markdown_hits
+
+    return markdown_hits(json.loads(BUDGET.read_text())["hits"])
+
+
 # What stands on which page.
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {
@@ -751,7 +759,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "cpu": cpu_table,
         "paper": paper_table,
     },
-    "docs/cuda.md": {"traffic": traffic_table},
+    "docs/cuda.md": {"hits": hits_table, "traffic": traffic_table},
 }
 
 

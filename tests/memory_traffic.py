@@ -3,6 +3,8 @@
     python tests/memory_traffic.py check    compare with the budget; exit status 1 if over
     python tests/memory_traffic.py update   write what is counted into the budget
     python tests/memory_traffic.py show     print the table
+    python tests/memory_traffic.py hits     write into the budget file how often a model of L1 holds
+                                            the pixels of an encoder; takes minutes
 
     --workload NAME   this one alone; may be given several times
     --samples N       count in workloads of about so many samples (default: the budget's; show only)
@@ -20,8 +22,10 @@ The budget file, tests/memory_traffic.json:
     traffic  by workload and case, for each class of access: requests of a warp, sectors, and the
              least sectors that those requests could do with, all for one sample; of shared memory,
              wavefronts in the place of sectors. Corners: pixels read for a sample
+    hits     the share of an encoder's pixel sectors that the model of L1 holds, by dtype, heads in
+             a tile, KiB of L1 and whether its index is a hash; nothing is held to these
 
-`update` rewrites traffic; the rest is kept by hand.
+`update` rewrites traffic and `hits` hits; the rest is kept by hand.
 """
 
 from __future__ import annotations
@@ -158,6 +162,50 @@ def measure(names: Iterable[str], samples: int) -> dict[str, dict]:
     return traffic
 
 
+# ---- the model of L1 -----------------------------------------------------------------------------
+
+HIT_SAMPLES = 700_000  # so many that a tile is a small part of the map
+L1_KIB = (32, 128)
+TILE_HEADS = (1, 2, 4, 8)
+
+
+def hits() -> dict[str, dict[str, dict[str, float]]]:
+    """The share of pixel sectors found in L1: by dtype and heads in a tile, then by cache."""
+    workload = WORKLOADS["encoder-2"].scaled(HIT_SAMPLES)
+    shares: dict[str, dict[str, dict[str, float]]] = {}
+    for dtype in ("float32", "float16"):
+        inputs = workload.plain(DTYPES[dtype])
+        for heads in TILE_HEADS:
+            of_cache = shares.setdefault(dtype, {}).setdefault(str(heads), {})
+            for kib in L1_KIB:
+                for is_hashed in (True, False):
+                    device = executor.make_device(
+                        num_multiprocessors=MULTIPROCESSORS,
+                        counts_memory=True,
+                        l1_bytes=kib * 1024,
+                        l1_is_hashed=is_hashed,
+                    )
+                    executor.forward(inputs, device, split=1, tile_heads=heads)
+                    (pixels,) = (entry for entry in device.traffic if entry["array"] == "value")
+                    name = f"{kib} KiB{'' if is_hashed else ', not hashed'}"
+                    of_cache[name] = round(pixels["hits"] / pixels["sectors"], 3)
+    return shares
+
+
+def markdown_hits(shares: dict[str, dict[str, dict[str, float]]]) -> str:
+    """The shares in percent, in Markdown."""
+    caches = list(next(iter(next(iter(shares.values())).values())))
+    lines = [
+        f"| dtype | heads in a tile | {' | '.join(caches)} |",
+        "|---" * (2 + len(caches)) + "|",
+    ]
+    for dtype, of_heads in shares.items():
+        for heads, of_cache in of_heads.items():
+            cells = [f"{100 * of_cache[cache]:.0f} %" for cache in caches]
+            lines.append(f"| {dtype} | {heads} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # ---- the budget ----------------------------------------------------------------------------------
 
 
@@ -216,7 +264,8 @@ def format_budget(budget: dict) -> str:
         + "\n    }"
         for workload, cases in budget["traffic"].items()
     ]
-    return "\n".join([*lines, ",\n".join(workloads), "  }", "}"]) + "\n"
+    lines += [",\n".join(workloads), "  },", f'  "hits": {json.dumps(budget["hits"])}', "}"]
+    return "\n".join(lines) + "\n"
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -247,13 +296,18 @@ def markdown_table(traffic: dict[str, dict]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the result is the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("command", choices=("check", "update", "show"))
+    parser.add_argument("command", choices=("check", "update", "show", "hits"))
     parser.add_argument("--workload", choices=WORKLOADS, action="append")
     parser.add_argument("--samples", type=int)
     options = parser.parse_args(arguments)
     if options.samples and options.command != "show":
         parser.error("--samples must be left to the budget, except to show")
     budget = json.loads(BUDGET.read_text())
+    if options.command == "hits":
+        budget["hits"] = hits()
+        BUDGET.write_text(format_budget(budget))
+        print(markdown_hits(budget["hits"]))
+        return 0
     traffic = measure(options.workload or WORKLOADS, options.samples or budget["samples"])
     print(markdown_table(traffic))
     if options.command == "show":

@@ -272,6 +272,48 @@ def test_two_branches_are_two_accesses(make_device, self_test, order):
     assert (reductions["requests"], reductions["lanes"], reductions["lines"]) == (2, 64, 2)
 
 
+LINE = 128
+
+
+@pytest.fixture
+def hits(self_test):
+    """Sectors that loads found in an L1 of some lines: of one lane of a warp for each of the lines
+    that are given, in this order, while the other lanes stand by.
+    """
+
+    def hits(lines, cache_lines, ways, is_hashed=False, sector=lambda i: 0):
+        device = executor.load().Device(
+            counts_memory=True, l1_bytes=cache_lines * LINE, l1_ways=ways, l1_is_hashed=is_hashed
+        )
+        places = [LINE * line + 32 * sector(i) for i, line in enumerate(lines)]
+        rows = [[place] + [STANDS_BY] * 31 for place in places]
+        self_test.count_accesses(device, rows, 4, False, False)
+        (entry,) = device.traffic
+        assert entry["sectors"] == len(lines)
+        return entry["hits"]
+
+    return hits
+
+
+def test_l1_holds_the_lines_that_were_used_last(hits):
+    # Four lines in one set: the fifth takes the place of the one that was not used for longest.
+    assert hits([0, 1, 2, 3, 0, 1, 2, 3], 4, 4) == 4
+    assert hits([0, 1, 2, 3, 4, 0], 4, 4) == 0
+    assert hits([0, 1, 2, 3, 0, 4, 0, 1], 4, 4) == 2
+
+
+def test_l1_holds_the_sectors_of_a_line_that_were_asked_for(hits):
+    assert hits([0] * 8, 4, 4, sector=lambda i: i % 4) == 4
+
+
+def test_lines_far_apart_share_a_set_unless_the_index_is_a_hash(hits):
+    # Eight sets of one line: lines 8 apart are all of one set, unless hashed.
+    lines = [8 * i for i in range(8)] * 2
+    assert hits(lines, 8, 1) == 0
+    assert hits(lines, 8, 1, is_hashed=True) == 8
+    assert hits([*range(8)] * 2, 8, 1) == 8
+
+
 def test_an_access_to_memory_that_is_no_array_is_an_error(make_device, self_test):
     device = make_device(counts_memory=True)
     with pytest.raises(RuntimeError, match="counts an access to memory that is no array"):

@@ -185,7 +185,7 @@ class ValueGradient {
 
   // Of sample i of a round.
   MSDA_DEVICE Rows rows(const Round<Real>& round, int i, int member = 0) const {
-    const int slot = Lane<kLanes>::slot(first_sub_warp_ + member, i);
+    const int slot = Lane<kLanes>::slot(first_sub_warp_, member * kLanes + i);
     round.count_get(slot);
     const Place place = round.places[slot];
     constexpr int kBytes = sizeof(Real);
@@ -257,7 +257,7 @@ class ValueGradient {
 template <class T, int kLanes, bool kExact, bool kFused, bool kCommon>
 constexpr int backward_blocks() {
   if (sizeof(T) == 8) return 3;
-  if (sizeof(T) == 2 && kFused && !kCommon && kLanes == 8) return 3;
+  if (kFused && !kCommon && kLanes == 8 && (sizeof(T) == 2 || !kExact)) return 3;
   return kCommon && !kFused && kLanes > 2 ? 5 : 4;
 }
 

@@ -28,8 +28,8 @@ struct CudaCall {
   // needs that is not full. Tests and benchmarks set it.
   int split = 0;
 
-  // Heads that a block works on at once: 1, 2, 4, ..., of which M is a multiple, or 0 for as many as
-  // fill a line of the cache. Tests and benchmarks set it.
+  // Heads that a block works on at once: 1, 2, 4, ..., of which M is a multiple, or 0 for as many
+  // as fill a line of the cache. Tests and benchmarks set it.
   int tile_heads = 0;
 };
 

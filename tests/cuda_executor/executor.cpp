@@ -335,6 +335,7 @@ class Launch {
       }
       ++device().num_blocks;
     }
+    if (device().cache.bytes > 0) look_up_blocks();
   }
 
   // Called by the thread that runs.
@@ -356,6 +357,7 @@ class Launch {
   void resume(unsigned i);
   void check_exchange(unsigned i) const;
   void count_memory(unsigned first);
+  void look_up_blocks() const;
   const std::string& name_of(uintptr_t address) const;
   bool meet_in_block(const Meeting& meeting);
   bool meet_in_warp(unsigned first, const Meeting& meeting);
@@ -373,6 +375,7 @@ class Launch {
   unsigned current_ = 0;
   unsigned num_exited_ = 0;
   std::exception_ptr error_;
+  std::map<unsigned, Lookups> lookups_;  // by block
 };
 
 std::vector<std::unique_ptr<Thread>> Launch::threads_;
@@ -522,7 +525,19 @@ void Launch::count_memory(unsigned first) {
   if (!has_any) return;
   count_warp(
       lanes, [&](uintptr_t address) -> const std::string& { return name_of(address); },
-      device().traffic);
+      device().traffic, lookups_[blockIdx.x]);
+  if (device().cache.bytes == 0) lookups_.clear();
+}
+
+// Blocks come to the multiprocessors in turn.
+void Launch::look_up_blocks() const {
+  for (int i = 0; i < device().num_multiprocessors; ++i) {
+    std::vector<const Lookups*> blocks;
+    for (const auto& [block, lookups] : lookups_) {
+      if (int(block % device().num_multiprocessors) == i) blocks.push_back(&lookups);
+    }
+    look_up(device().cache, blocks);
+  }
 }
 
 void Launch::report_deadlock() const {

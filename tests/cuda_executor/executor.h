@@ -32,6 +32,7 @@ struct Device {
   int num_multiprocessors = 4;
   int compute_capability = 75;
   bool counts_memory = false;
+  Cache cache;
   int launch_error = cudaSuccess;  // what launches return instead of running,
   int launches_before_error = 0;   // from this one on
 

@@ -51,7 +51,8 @@ Choice choose(const char* what, const std::map<std::string, Choice>& choices,
 std::unique_ptr<Device> make_device(const std::string& order, uint64_t seed,
                                     const std::string& fibers, int num_multiprocessors,
                                     int launch_error, int launches_before_error,
-                                    int compute_capability, bool counts_memory) {
+                                    int compute_capability, bool counts_memory, int64_t l1_bytes,
+                                    int l1_ways, bool l1_is_hashed) {
   auto device = std::make_unique<Device>();
   device->order = choose<Order>(
       "order",
@@ -65,6 +66,7 @@ std::unique_ptr<Device> make_device(const std::string& order, uint64_t seed,
   device->launches_before_error = launches_before_error;
   device->compute_capability = compute_capability;
   device->counts_memory = counts_memory;
+  device->cache = {l1_bytes, l1_ways, l1_is_hashed};
   return device;
 }
 
@@ -75,7 +77,8 @@ py::list traffic_of(const Device& device) {
     table.append(py::dict("array"_a = key.array, "kind"_a = kAccessNames.at(key.kind),
                           "bytes"_a = key.bytes, "requests"_a = traffic.requests,
                           "lanes"_a = traffic.lanes, "sectors"_a = traffic.sectors,
-                          "least_sectors"_a = traffic.least_sectors, "lines"_a = traffic.lines));
+                          "least_sectors"_a = traffic.least_sectors, "lines"_a = traffic.lines,
+                          "hits"_a = traffic.hits));
   }
   return table;
 }
@@ -486,7 +489,8 @@ PYBIND11_MODULE(_cuda_executor, m) {
   py::class_<Device>(m, "Device")
       .def(py::init(&make_device), py::kw_only(), "order"_a = "forward", "seed"_a = 0,
            "fibers"_a = "native", "num_multiprocessors"_a = 4, "launch_error"_a = int(cudaSuccess),
-           "launches_before_error"_a = 0, "compute_capability"_a = 75, "counts_memory"_a = false)
+           "launches_before_error"_a = 0, "compute_capability"_a = 75, "counts_memory"_a = false,
+           "l1_bytes"_a = 0, "l1_ways"_a = 4, "l1_is_hashed"_a = true)
       .def_readonly("last_error", &Device::last_error)
       .def_readonly("num_launches", &Device::num_launches)
       .def_readonly("num_blocks", &Device::num_blocks)

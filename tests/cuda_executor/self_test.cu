@@ -240,9 +240,10 @@ void count_accesses(const std::vector<std::vector<int>>& places, unsigned bytes,
                     bool with_barriers) {
   std::vector<int> flat;
   for (const auto& row : places) flat.insert(flat.end(), row.begin(), row.end());
-  std::vector<Line> lines(64);
-  const char* const array = lines.front().bytes;
-  const GuardedMemory memory("array", lines.data(), lines.size() * sizeof(Line), Side::kDevice);
+  // Where the index of a cache begins anew.
+  alignas(sizeof(Line) * 64) static Line lines[64];
+  const char* const array = lines[0].bytes;
+  const GuardedMemory memory("array", lines, sizeof(lines), Side::kDevice);
   launch(count_kernel, 1, 32, flat.data(), int(places.size()), bytes, shared ? nullptr : array,
          with_barriers);
 }

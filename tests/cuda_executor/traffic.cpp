@@ -16,6 +16,7 @@ constexpr uintptr_t kLineBytes = 128;
 constexpr uintptr_t kBankBytes = 4;
 constexpr uintptr_t kBanks = 32;
 constexpr size_t kWarpSize = 32;
+constexpr int kLoad = 0;  // as the kernels number accesses
 
 // What each lane does in one access of its warp; null where it takes no part.
 using WarpAccess = std::array<const MemoryAccess*, kWarpSize>;
@@ -28,7 +29,7 @@ struct Place {
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void count_global(const WarpAccess& access, Traffic& traffic) {
+void count_global(const WarpAccess& access, Traffic& traffic, Lookup& lookup) {
   // The sectors that the lanes touch, each with a bit for each of its bytes.
   std::array<std::pair<uintptr_t, uint32_t>, 2 * kWarpSize> touched;
   size_t count = 0;
@@ -53,8 +54,13 @@ void count_global(const WarpAccess& access, Traffic& traffic) {
     for (; i != last && i->first == sector; ++i) mask |= i->second;
     bytes += __builtin_popcount(mask);
     traffic.sectors += 1;
-    traffic.lines += sector * kSectorBytes / kLineBytes != line;
-    line = sector * kSectorBytes / kLineBytes;
+    constexpr uintptr_t kSectorsPerLine = kLineBytes / kSectorBytes;
+    if (sector / kSectorsPerLine != line) {
+      line = sector / kSectorsPerLine;
+      traffic.lines += 1;
+      lookup.lines.emplace_back(line, 0);
+    }
+    lookup.lines.back().second |= 1u << sector % kSectorsPerLine;
   }
   traffic.least_sectors += divide_up(bytes, kSectorBytes);
 }
@@ -95,7 +101,8 @@ Place& find(std::vector<std::pair<const void*, Place>>& places, const void* want
 }  // namespace
 
 void count_warp(const std::vector<std::vector<MemoryAccess>*>& lanes,
-                const std::function<const std::string&(uintptr_t)>& name_of, TrafficTable& table) {
+                const std::function<const std::string&(uintptr_t)>& name_of, TrafficTable& table,
+                Lookups& lookups) {
   std::vector<std::pair<const void*, Place>> places;
   for (size_t lane = 0; lane < lanes.size(); ++lane) {
     size_t last = 0;
@@ -119,11 +126,52 @@ void count_warp(const std::vector<std::vector<MemoryAccess>*>& lanes,
       if (array == kSharedMemory) {
         count_shared(access, first.bytes, traffic);
       } else {
-        count_global(access, traffic);
+        Lookup lookup{&traffic, {}};
+        count_global(access, traffic, lookup);
+        if (first.kind == kLoad) lookups.push_back(std::move(lookup));
       }
     }
   }
   for (auto* lane : lanes) lane->clear();
+}
+
+void look_up(const Cache& cache, const std::vector<const Lookups*>& blocks) {
+  struct Way {
+    uintptr_t line;
+    unsigned sectors;
+    int64_t used;
+  };
+  const uintptr_t num_sets = cache.bytes / int64_t(kLineBytes) / cache.ways;
+  std::vector<std::vector<Way>> sets(num_sets);
+  int64_t now = 0;
+  size_t longest = 0;
+  for (const Lookups* block : blocks) longest = std::max(longest, block->size());
+  for (size_t i = 0; i < longest; ++i) {
+    for (const Lookups* block : blocks) {
+      if (i >= block->size()) continue;
+      for (const auto& [line, sectors] : (*block)[i].lines) {
+        uintptr_t index = line;
+        if (cache.is_hashed) {
+          for (uintptr_t rest = line / num_sets; rest != 0; rest /= num_sets) index ^= rest;
+        }
+        std::vector<Way>& set = sets[index % num_sets];
+        auto way = std::find_if(set.begin(), set.end(),
+                                [wanted = line](const Way& w) { return w.line == wanted; });
+        if (way == set.end()) {
+          if (int(set.size()) < cache.ways) {
+            way = set.insert(set.end(), Way{});
+          } else {
+            way = std::min_element(set.begin(), set.end(),
+                                   [](const Way& a, const Way& b) { return a.used < b.used; });
+          }
+          *way = {line, 0, 0};
+        }
+        (*block)[i].traffic->hits += __builtin_popcount(way->sectors & sectors);
+        way->sectors |= sectors;
+        way->used = now++;
+      }
+    }
+  }
 }
 
 }  // namespace executor

@@ -13,12 +13,19 @@
 // lanes of half a warp where each asks for 8 bytes, of a quarter for 16; each turn takes as many
 // wavefronts as the busiest bank has different words to give.
 //
-// What it does not model: time. Whether a sector is found in L1 or in L2, on whose side of L2 it
-// lies, how many requests are in flight and which of them wait for each other; that neighbouring
-// warps ask at the same time, or that atomic additions to one place queue. How the compiler cuts or
-// joins accesses: they count as the source has them, a struct in pieces of 16 bytes. Accesses of
+// With a cache, loads are also looked up in an L1 of that size for each multiprocessor: lines of
+// 128 bytes with a valid bit for each sector, sets of so many ways, the least recently used of
+// which makes room, and an index that is the address of the line or a hash of it. The blocks of a
+// multiprocessor are those that would come to it in turn; all are resident, and their warps'
+// accesses take turns, block by block. Stores and additions pass it by.
+//
+// What it does not model: time. Whether a sector is found in L2, on whose side of L2 it lies, how
+// many requests are in flight and which of them wait for each other; that neighbouring warps ask at
+// the same time, or that atomic additions to one place queue. How the compiler cuts or joins
+// accesses: they count as the source has them, a struct in pieces of 16 bytes. Accesses of
 // parameters, of registers that are spilled, and of instructions themselves. Lanes that the
-// hardware lets go different ways although they could go together.
+// hardware lets go different ways although they could go together. Of the cache: hints, what it
+// shares with shared memory, and the order in which warps really run.
 
 #pragma once
 
@@ -27,6 +34,8 @@
 #include <functional>
 #include <map>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 namespace executor {
@@ -54,7 +63,21 @@ struct Traffic {
   int64_t sectors = 0;   // of shared memory: wavefronts
   int64_t least_sectors = 0;
   int64_t lines = 0;  // of shared memory: none
+  int64_t hits = 0;   // sectors that loads found in L1, with a cache
 };
+
+struct Cache {
+  int64_t bytes = 0;  // of one multiprocessor; 0: there is none
+  int ways = 4;
+  bool is_hashed = true;
+};
+
+// The lines that one load of a warp touches, each with a bit for each of its sectors.
+struct Lookup {
+  Traffic* traffic;
+  std::vector<std::pair<uintptr_t, unsigned>> lines;
+};
+using Lookups = std::vector<Lookup>;  // of a block, in its order
 
 extern const char* const kSharedMemory;  // the name of its array
 
@@ -62,7 +85,12 @@ using TrafficTable = std::map<TrafficKey, Traffic>;
 
 // Adds what the lanes of a warp did since its last barrier, each in its own order, and forgets it.
 // name_of tells which array an address belongs to.
+// Loads from outside of shared memory are appended to lookups.
 void count_warp(const std::vector<std::vector<MemoryAccess>*>& lanes,
-                const std::function<const std::string&(uintptr_t)>& name_of, TrafficTable& table);
+                const std::function<const std::string&(uintptr_t)>& name_of, TrafficTable& table,
+                Lookups& lookups);
+
+// Counts the hits of the blocks of one multiprocessor.
+void look_up(const Cache& cache, const std::vector<const Lookups*>& blocks);
 
 }  // namespace executor
