@@ -43,7 +43,7 @@ def command(monkeypatch, tmp_path):
         folder = next(part for part in call if "-seed" in part).removesuffix("/last.pt")
         for arm in bench.ARMS:
             for lr in bench.LEARNING_RATES:
-                for seed in bench.SEEDS:
+                for seed in (0, 1, 2):
                     one = bench.Training(arm, lr, seed, 0)
                     if folder.endswith("/" + one.folder(tmp_path).name):
                         return one
@@ -82,7 +82,7 @@ def test_each_arm_trains_all_seeds_with_its_best_learning_rate(command, tmp_path
     }
     epochs = bench.EXPERIMENTS["cpu"].epochs
     for name, arm in results["arms"].items():
-        assert [run["seed"] for run in arm["runs"]] == list(bench.SEEDS)
+        assert [run["seed"] for run in arm["runs"]] == [0, 1, 2]
         assert all(len(run["curve"]) == epochs[name] for run in arm["runs"])
         assert len(arm["tuning_runs"]) == 2
 

@@ -163,8 +163,8 @@ def ending(done: subprocess.CompletedProcess[str]) -> str:
 
 def shown(command: Sequence[str | Path]) -> str:
     """A command as one types it."""
-    texts = [str(part).removeprefix(f"{ROOT}/") for part in command]
-    return shlex.join(["python" if text == sys.executable else text for text in texts])
+    texts = ["python" if part == sys.executable else str(part) for part in command]
+    return shlex.join([text.removeprefix(f"{ROOT}/") for text in texts])
 
 
 def python_program(name: str) -> list[str | Path]:
