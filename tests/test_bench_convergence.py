@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import bench_convergence as bench
 import plots
@@ -56,7 +57,7 @@ def command(monkeypatch, tmp_path):
     )
     monkeypatch.setitem(bench.EXPERIMENTS, "cpu", experiment)
     state = {"training": training_of, "status": 0, "started": started}
-    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run))
     monkeypatch.setattr(
         bench, "cpu_machine", lambda: {"cpu": "some", "torch": "2", "msda": "0", "commit": "abc"}
     )
