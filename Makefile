@@ -50,10 +50,11 @@ OTHER_CAPABILITIES := import msda; i = msda.info(); \
 SIDE_BY_SIDE := from importlib.util import find_spec; import os; \
   print(f'-n {os.cpu_count()} --dist loadfile' if find_spec('xdist') else '')
 export MSDA_BUILD_DIR := build/cmake
-# Where there is nvcc: code that runs on every GPU, some of it compiled when it is loaded, instead of
-# ready-made code for each, as a package has, which takes three times as long to build.
+# CUDA kernels, which take minutes to compile, where a GPU can run them: code for every GPU, some of it
+# compiled when it is loaded, instead of ready-made code for each, as a package has.
+MSDA_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
-FOR_ARCHITECTURES := TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
+FOR_THIS_MACHINE := MSDA_CUDA=$(MSDA_CUDA) TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
 .PHONY: demo quickstart test bench convergence bench-check fuzz sanitize arm reliability gpu lint \
   machine-code memory-traffic abi clean executor
@@ -67,7 +68,7 @@ quickstart: build/installed.stamp
 
 # What the tests run without torch: the CUDA kernels on the CPU, and the CPU kernels on random problems.
 executor: build/installed.stamp
-	$(FOR_ARCHITECTURES) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON -DMSDA_FUZZ=ON \
+	$(FOR_THIS_MACHINE) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON -DMSDA_FUZZ=ON \
 	  -DPython3_EXECUTABLE=$$($(RUN) -c "import sys; print(sys.executable)")
 	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor kernels_fuzz
 
@@ -87,7 +88,6 @@ bench: build/installed.stamp
 	$(RUN) benchmarks/bench_cpu.py --output $(BENCH)/cpu.json
 	$(RUN) benchmarks/bench_paper.py --output $(BENCH)/paper.json
 	$(RUN) benchmarks/bench_transformers.py --output $(BENCH)/transformers.json
-	$(RUN) benchmarks/targets.py $(BENCH)
 	$(RUN) benchmarks/plots.py --results $(dir $(BENCH))
 
 convergence: build/installed.stamp
@@ -128,7 +128,7 @@ clean:
 	rm -rf build dist out msda.egg-info msda/libmsda.* $(VENV)
 
 build/installed.stamp: $(REQUIREMENTS) $(NATIVE)
-	$(FOR_ARCHITECTURES) $(RUN) -m pip install -q --no-build-isolation --no-deps -e .
+	$(FOR_THIS_MACHINE) $(RUN) -m pip install -q --no-build-isolation --no-deps -e .
 	mkdir -p build && touch $@
 
 $(VENV)/requirements.stamp: requirements-dev.txt

@@ -13,8 +13,6 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import targets
-
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -154,20 +152,32 @@ def fused_table() -> str:
     return "\n\n".join(parts)
 
 
-def targets_table() -> str:
-    """What was asked and what came, one table per machine, with the reasons for what was missed."""
+def capabilities_table() -> str:
+    """Each instruction set, and beside the best one the time that its load slots allow."""
     parts = []
-    for folder in sorted(path for path in RESULTS.glob("*") if path.is_dir()):
-        found = list(targets.targets(folder))
-        if not found:
-            continue
-        lines = [f"`benchmarks/results/{folder.name}`:", "", "| target | asked | measured | |"]
-        lines += ["|---|---|---|---|"]
-        lines += [f"| {' | '.join(target.cells())} |" for target in found]
-        lines += [""] + [
-            f"- Missed: {'; '.join(names)}: {reason}."
-            for reason, names in targets.reasons(found).items()
+    for path in sorted(RESULTS.glob("*/capabilities.json")):
+        results = json.loads(path.read_text())
+        floors = results.get("floor_ms", {})
+        best = results["rows"][-1]["capability"]
+        lines = [
+            f"The {results['workload']} on one thread. {cpu_heading(path, results)}",
+            "",
+            "| direction | instruction set | ms | of the best one's speed | floor, ms |",
+            "|---|---|---|---|---|",
         ]
+        for row in results["rows"]:
+            floor = floors.get(row["direction"]) if row["capability"] == best else None
+            lines.append(
+                f"| {row['direction']} | {row['capability']} | {row['ms']:.1f} "
+                f"| {row['speed']:.2f} | {'' if floor is None else f'{floor:.1f}'} |"
+            )
+        if floors:
+            lines += [
+                "",
+                "The floor is the time that the loads and stores of the inner loop take alone, in "
+                "vectors of 64 bytes and all out of the first-level cache: "
+                f"{results['loads_per_second'] / 1e9:.2f} billion a second.",
+            ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -754,7 +764,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "docs/benchmarks.md": {
         "dtypes": dtypes_table,
         "fused": fused_table,
-        "targets": targets_table,
+        "capabilities": capabilities_table,
         "parts": parts_table,
         "cpu": cpu_table,
         "paper": paper_table,
