@@ -267,12 +267,14 @@ def commit() -> str:
 
 
 def cpu_name() -> str:
-    """The model of the processor."""
+    """The model of the processor, with its numbers: virtual machines give many the same name."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0].split(":", 1)[1].strip()
+        lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
+        told = {name.strip(): text.strip() for name, text in reversed(lines)}
+        if "model name" in told and "model" in told:
+            numbers = f"family {told.get('cpu family')}, model {told['model']}"
+            return f"{told['model name']} ({numbers})"
     return platform.processor() or platform.machine()
 
 
