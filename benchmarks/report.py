@@ -245,23 +245,32 @@ def convergence_table() -> str:
             cells += [_reached(one, len(arm["runs"])) for one in arm["thresholds"].values()]
             lines.append(f"| {' | '.join(cells)} |")
         epochs = ", ".join(f"{kind} {number}" for kind, number in experiment["epochs"].items())
-        tuning = ", ".join(f"{kind} {n}" for kind, n in experiment["tuning_epochs"].items())
-        tried = next(iter(results["arms"].values()))["tuning"]
-        rates = " or ".join(tried)
-        highest = [name for name, a in results["arms"].items() if a["lr"] == max(map(float, tried))]
-        at_edge = f" For {' and '.join(highest)} that is the highest tried." if highest else ""
         seconds = "processor" if results["seconds"] == "processor_seconds" else "GPU"
         lines += [
             "",
             f"Epochs, and in brackets {seconds} seconds of training, until validation AP passes a "
             f"threshold: the median of the seeds and, where they differ, least to most. Epochs "
-            f"trained: {epochs}. Each arm has the learning rate, of {rates}, with the highest AP "
-            f"after {tuning} epochs.{at_edge}",
+            f"trained: {epochs}; seeds: {len(next(iter(results['arms'].values()))['runs'])}. "
+            + _chosen_rates(results),
             "",
             f"![AP over epochs and over seconds]({path.with_suffix('.png').relative_to(ROOT)})",
         ]
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
+
+
+def _chosen_rates(results: dict) -> str:
+    """How each arm came by its learning rate."""
+    tried = next(iter(results["arms"].values()))["tuning"]
+    if not tried:
+        return "Learning rates are those that the smaller experiment chose."
+    tuning = ", ".join(f"{kind} {n}" for kind, n in results["experiment"]["tuning_epochs"].items())
+    text = (
+        f"Each arm has the learning rate, of {' or '.join(tried)}, with the highest AP after "
+        f"{tuning} epochs."
+    )
+    highest = [name for name, arm in results["arms"].items() if arm["lr"] == max(map(float, tried))]
+    return text + (f" For {' and '.join(highest)} that is the highest tried." if highest else "")
 
 
 def _reached(entry: dict, seeds: int) -> str:
