@@ -13,6 +13,10 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <array>
 #include <atomic>
@@ -123,9 +127,31 @@ Sizes sizes_of(const Tensor& tensor) {
   return Sizes(sizes.begin(), sizes.end());
 }
 
+// From this size on it repays to ask for huge pages.
+constexpr int64_t kHugePagesFrom = int64_t(4) << 20;
+
+// Asks for huge pages before memory is written to for the first time: what is large comes fresh
+// from the kernel in every call, and to fault it in by small pages takes longer than to fill it.
+// Where there are none, nothing changes.
+void ask_for_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(memory);
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = (begin + bytes) / kHugePage * kHugePage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+}
+
 Tensor new_empty(const char* name, const Tensor& like, const Sizes& sizes, ScalarType type) {
-  return in_memory(name, "", like, sizes, type,
-                   [&] { return torch::stable::new_empty(like, sizes, type); });
+  const Tensor made = in_memory(name, "", like, sizes, type,
+                                [&] { return torch::stable::new_empty(like, sizes, type); });
+  int64_t bytes = element_size(type);
+  for (const int64_t size : sizes) bytes *= size;
+  if (bytes >= kHugePagesFrom && like.is_cpu()) {
+    ask_for_huge_pages(made.mutable_data_ptr(), bytes);
+  }
+  return made;
 }
 
 Tensor aligned_copy(const Tensor& tensor, const char* name) {
@@ -574,7 +600,7 @@ Tensor sum_of_gradients(const Tensor& value, bool wanted) {
 
 // gradients: those that outputs points into, grad_value first.
 void run_backward(const Call& call, const Pyramid& pyramid, const Tensor& grad_output,
-                  const Tensor* output, const BackwardOutputs& outputs,
+                  const std::optional<Tensor>& output, const BackwardOutputs& outputs,
                   std::vector<Tensor> gradients, bool deterministic) {
   const Problem& problem = call.problem;
   if (!outputs.has_wanted()) return;
@@ -615,13 +641,13 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
   outputs.grad_value = gradient_array(grad_value, needs_value);
   outputs.grad_points = gradient_array(grad_locations, needs_locations);
   outputs.grad_weights = gradient_array(grad_weights, needs_weights);
-  run_backward(call, pyramid, dense_grad_output, nullptr, outputs,
+  run_backward(call, pyramid, dense_grad_output, std::nullopt, outputs,
                {grad_value, grad_locations, grad_weights}, deterministic);
   return {converted(grad_value, "grad_value", value.scalar_type()), grad_locations, grad_weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
-    const Tensor& grad_output, const Tensor& output, const Tensor& value,
+    const Tensor& grad_output, std::optional<Tensor> output, const Tensor& value,
     OptionalSizes spatial_shapes, std::optional<Tensor> spatial_shapes_tensor,
     std::optional<Tensor> level_start_index, const Tensor& reference_points,
     const Tensor& sampling_offsets, const Tensor& attention_logits, OptionalSizes num_points,
@@ -632,9 +658,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
   Call call =
       fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask);
   check(grad_output, kGradOutput, call.known);
-  check(output, kOutput, call.known);
+  MSDA_CHECK(output || !value.is_cuda(), kOutput.name, " must be given on CUDA, got None");
+  if (output) check(*output, kOutput, call.known);
   const Tensor dense_grad_output = dense(grad_output, kGradOutput.name);
-  const Tensor dense_output = dense(output, kOutput.name);
+  if (output) output = dense(*output, kOutput.name);
   const Tensor grad_value = sum_of_gradients(value, needs_value);
   const Tensor grad_reference =
       gradient_of(reference_points, "grad_reference_points", needs_reference);
@@ -651,7 +678,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
   outputs.grad_points = gradient_array(grad_offsets, needs_offsets || needs_reference);
   outputs.grad_weights = gradient_array(grad_logits, needs_logits);
   outputs.grad_reference = gradient_array(grad_reference, needs_reference);
-  run_backward(call, pyramid, dense_grad_output, &dense_output, outputs,
+  run_backward(call, pyramid, dense_grad_output, output, outputs,
                {grad_value, grad_offsets, grad_logits, grad_reference}, deterministic);
   return {converted(grad_value, "grad_value", value.scalar_type()), grad_reference,
           needs_offsets ? converted(grad_offsets, offsets_name, sampling_offsets.scalar_type())
@@ -685,7 +712,7 @@ STABLE_TORCH_LIBRARY(msda, m) {
       "Tensor? level_start_index, Tensor reference_points, Tensor sampling_offsets, "
       "Tensor attention_logits, int[]? num_points, Tensor? padding_mask) -> Tensor");
   m.def(
-      "_ms_deform_attn_fused_backward(Tensor grad_output, Tensor output, Tensor value, "
+      "_ms_deform_attn_fused_backward(Tensor grad_output, Tensor? output, Tensor value, "
       "SymInt[]? spatial_shapes, Tensor? spatial_shapes_tensor, Tensor? level_start_index, "
       "Tensor reference_points, Tensor sampling_offsets, Tensor attention_logits, "
       "int[]? num_points, Tensor? padding_mask, bool needs_value, bool needs_reference, "

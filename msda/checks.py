@@ -214,7 +214,11 @@ def check_arguments(**arguments: Any) -> None:
     for name in ARGUMENTS:
         if name in _PYRAMID or name not in arguments:
             continue
-        if name == "padding_mask" and arguments[name] is None:
+        if arguments[name] is None and name == "padding_mask":
+            continue
+        if arguments[name] is None and name == "output":
+            if known.value.is_cuda:
+                raise RuntimeError("output must be given on CUDA, got None")
             continue
         known.check(name, arguments[name])
         if num_points and name in _POINTS and sum(num_points) != known.sizes["K"]:

@@ -151,9 +151,8 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_fused_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     value, shapes, shapes_tensor, start_index, reference, offsets, logits, num_points, mask = inputs
-    ctx.save_for_backward(
-        output, value, shapes_tensor, start_index, reference, offsets, logits, mask
-    )
+    kept = None if value.device.type == "cpu" else output  # the CPU's backward does not read it
+    ctx.save_for_backward(kept, value, shapes_tensor, start_index, reference, offsets, logits, mask)
     ctx.spatial_shapes = shapes
     ctx.num_points = num_points
 

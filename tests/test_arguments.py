@@ -160,7 +160,7 @@ BAD = {
     "cut_behind_an_offset": cut_behind_an_offset,
     **LONGER,
 }
-OPTIONAL = ("spatial_shapes_tensor", "level_start_index", "padding_mask")
+OPTIONAL = ("spatial_shapes_tensor", "level_start_index", "padding_mask", "output")
 
 
 def places(name, ragged):

@@ -358,6 +358,16 @@ def test_changing_an_input_before_backward_is_noticed(device):
         output.sum().backward()
 
 
+def test_the_output_may_be_changed_before_backward_on_the_cpu():
+    inputs = make_fused_inputs(SHAPES, **SIZES)
+    names = names_of(inputs)
+    changed, left = leaves_of(inputs, names), leaves_of(inputs, names)
+    compute(changed).mul_(2).sum().backward()
+    (2 * compute(left)).sum().backward()
+    for name in names:
+        assert_same_bits(getattr(changed, name).grad, getattr(left, name).grad)
+
+
 @pytest.mark.parametrize(
     "name",
     [

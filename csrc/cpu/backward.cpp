@@ -282,8 +282,7 @@ void backward_softmax_rows(const Problem& problem, const ConstArray& grad_weight
   Buffer<Real> weights(padded), gradients(padded);
   for (int64_t row = first; row < last; ++row) {
     read(problem.weights, row * K, K, weights.get());
-    const Real scale = exponentials(weights.get(), K, padded);
-    for (int64_t i = 0; i < K; ++i) weights[i] *= scale;
+    softmax(weights.get(), 1, padded, K);
     read(grad_weights, row * K, K, gradients.get());
     for (int64_t i = K; i < padded; ++i) gradients[i] = 0;  // the last row's may be NaN
     softmax_backward(weights.get(), gradients.get(), K);

@@ -15,13 +15,30 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 
 // From what the caller gave for one axis (a location or an offset) to a pixel coordinate:
-// step * given + origin + rest, where rest is what origin lost to rounding. One entry per level, or
-// per sample.
+// step * given + origin + rest, where rest is what origin lost to rounding. One entry per sample.
 template <class Real>
 struct AxisTransform {
   explicit AxisTransform(int64_t length) : step(length), origin(length), rest(length) {}
 
   Buffer<Real> step, origin, rest;
+};
+
+// The same for the reference points of one query: (L, 2) or (L, 4) numbers in each array. Points:
+// offsets are in pixels. Boxes: offsets are in units of (w, h) / (2P).
+template <class Real>
+struct ReferenceTransform {
+  explicit ReferenceTransform(int64_t length)
+      : numbers(length),
+        sides(length),
+        half_over_points(length),
+        origin(length),
+        rest(length),
+        step(length) {}
+
+  Buffer<Real> numbers;                  // as given
+  Buffer<Real> sides, half_over_points;  // of the level: its width or height, and 1 / (2P)
+  Buffer<Real> origin, rest;             // from the first two numbers of a level
+  Buffer<Real> step;                     // from the last two
 };
 
 // Rows of queries and heads from now that inputs and outputs are asked for: those of this head,
@@ -47,26 +64,39 @@ inline bool fits(const Problem& problem, int64_t scalar_size) {
          (int64_t(1) << (8 * sizeof(Offset) - 1)) / scalar_size - 1;
 }
 
-// Turns logits, an array padded to whole vectors, into their exponentials; times the result they
-// are the softmax.
+// Turns rows of logits into their softmax. Rows are padded to whole vectors. One step after the
+// other for all rows, because each waits for what lies far behind in its own row: the sum over its
+// lanes.
+constexpr int64_t kSoftmaxRows = 8;  // at most
+
 template <class Real>
-inline Real exponentials(Real* logits, int64_t count, int64_t padded) {
+inline void softmax(Real* rows, int64_t num_rows, int64_t stride, int64_t count) {
   constexpr int kStep = kLanes<Real>;
-  for (int64_t i = count; i < padded; ++i) logits[i] = -__builtin_inf();
-  Vec<Real> largest = load(logits);
-  for (int64_t i = kStep; i < padded; i += kStep) {
-    const Vec<Real> v = load(logits + i);
-    largest = v > largest ? v : largest;
+  Real maxima[kSoftmaxRows], scales[kSoftmaxRows];
+  for (int64_t r = 0; r < num_rows; ++r) {
+    Real* const row = rows + r * stride;
+    for (int64_t i = count; i % kStep != 0; ++i) row[i] = -__builtin_inf();
+    Vec<Real> largest = load(row);
+    for (int64_t i = kStep; i < count; i += kStep) {
+      const Vec<Real> v = load(row + i);
+      largest = v > largest ? v : largest;
+    }
+    maxima[r] = largest_lane(largest);
   }
-  Real maximum = largest[0];
-  for (int j = 1; j < kStep; ++j) maximum = largest[j] > maximum ? largest[j] : maximum;
-  Vec<Real> sums = {};
-  for (int64_t i = 0; i < padded; i += kStep) {
-    const Vec<Real> e = exp_nonpositive(load(logits + i) - maximum);
-    store(logits + i, e);
-    sums += e;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    Real* const row = rows + r * stride;
+    Vec<Real> sums = {};
+    for (int64_t i = 0; i < count; i += kStep) {
+      const Vec<Real> e = exp_nonpositive(load(row + i) - maxima[r]);
+      store(row + i, e);
+      sums += e;
+    }
+    scales[r] = 1 / sum_lanes(sums);
   }
-  return 1 / sum_lanes(sums);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    Real* const row = rows + r * stride;
+    for (int64_t i = 0; i < count; i += kStep) store(row + i, load(row + i) * scales[r]);
+  }
 }
 
 // Turns gradients of a softmax's weights into those of its logits:
@@ -172,18 +202,18 @@ class Samples {
         count_(count_points(problem, first_level, last_level)),
         padded_(round_up(count_, kLanes<Real>)),
         padded_all_(round_up(problem.num_samples, kLanes<Real>)),
-        level_(padded_),
         width_(padded_),
         height_(padded_),
         map_width_(padded_),
         level_start_(padded_),
-        level_x_(problem.num_levels),
-        level_y_(problem.num_levels),
+        reference_index_(padded_),
         x_(padded_),
         y_(padded_),
-        reference_(problem.reference_levels * problem.reference_size),
+        reference_(round_up(problem.num_levels * problem.reference_size, kLanes<Real>)),
         given_points_(2 * padded_),
-        given_weights_(padded_all_),
+        given_weights_(padded_),
+        softmax_stride_(problem.is_fused ? padded_all_ + kLanes<Real> : 0),
+        softmaxed_(kSoftmaxRows * softmax_stride_),
         key_(padded_),
         corners_(padded_),
         value_offset_(kNumCorners * padded_),
@@ -201,8 +231,9 @@ class Samples {
     // Samples past the last: NaN for points, so that they do not count.
     for (; i < padded_; ++i) set_level(i, first_level, Level{1, 1, 0, 0});
     for (int64_t k = 0; k < 2 * padded_; ++k) given_points_[k] = Real(__builtin_nan(""));
-    std::memset(given_weights_.get(), 0, padded_all_ * sizeof(Real));
-    if (!problem.is_fused) set_transform_of_locations();
+    std::memset(given_weights_.get(), 0, padded_ * sizeof(Real));
+    set_transform();
+    set_reference_levels();
   }
 
   int64_t begin() const { return begin_; }    // first sample among the K of a query and head
@@ -239,23 +270,33 @@ class Samples {
   // Reads the reference points of query q of image b, if the call is fused.
   void set_query(int64_t b, int64_t q) {
     if (!problem_.is_fused) return;
-    const int64_t size = problem_.reference_levels * problem_.reference_size;
-    const Real* const reference =
-        view(problem_.reference, (b * problem_.num_queries + q) * size, size, reference_.get());
-    for (int64_t l = first_level_; l < last_level_; ++l) {
-      const Level& level = problem_.levels[l];
-      const Real* const first =
-          reference + (problem_.reference_levels == 1 ? 0 : l) * problem_.reference_size;
-      const auto point = [&](int64_t i) { return load_as<Real>(first + i); };
-      // Points: offsets in pixels. Boxes: offsets in units of (w, h) / (2P).
-      const bool is_box = problem_.reference_size == 4;
-      const Real half_over_points = Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
-      const Real step_x = is_box ? Real(level.width) * point(2) * half_over_points : Real(1);
-      const Real step_y = is_box ? Real(level.height) * point(3) * half_over_points : Real(1);
-      set_axis(level_x_, l, step_x, double(point(0)) * double(level.width) - 0.5);
-      set_axis(level_y_, l, step_y, double(point(1)) * double(level.height) - 0.5);
+    const int64_t given = problem_.reference_levels * problem_.reference_size;
+    const int64_t size = problem_.num_levels * problem_.reference_size;
+    Real* const reference = reference_.numbers.get();
+    read(problem_.reference, (b * problem_.num_queries + q) * given, given, reference);
+    for (int64_t i = given; i < size; ++i) reference[i] = reference[i - given];
+    for (int64_t i = 0; i < size; i += kLanes<Real>) {
+      const Vec<Real> numbers = load(reference + i), sides = load(reference_.sides.get() + i);
+      Vec<Real> rest;
+      store(reference_.origin.get() + i, multiply_subtract_half(numbers, sides, rest));
+      store(reference_.rest.get() + i, rest);
+      store(reference_.step.get() + i,
+            sides * numbers * load(reference_.half_over_points.get() + i));
     }
-    spread_transform();
+    for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
+      const IntVec<Real> x = load_as<IntVec<Real>>(reference_index_.get() + i), y = x + 1;
+      const auto spread = [&](const Buffer<Real>& from, IntVec<Real> index, Buffer<Real>& to) {
+        store(to.get() + i, take(from.get(), size, index));
+      };
+      spread(reference_.origin, x, x_.origin);
+      spread(reference_.rest, x, x_.rest);
+      spread(reference_.origin, y, y_.origin);
+      spread(reference_.rest, y, y_.rest);
+      if (problem_.reference_size == 4) {
+        spread(reference_.step, x + 2, x_.step);
+        spread(reference_.step, y + 2, y_.step);
+      }
+    }
   }
 
   // Prepares the samples of head m of query q of image b, which set_query() was called for.
@@ -266,16 +307,15 @@ class Samples {
     points_ = given(problem_.points, 2 * (first_sample + begin_), 2 * count_, 2 * padded_,
                     given_points_.get());
     if (problem_.is_fused) {
-      read(problem_.weights, first_sample, problem_.num_samples, given_weights_.get());
-      softmax();
-      weights_ = given_weights_.get();
+      weights_ = softmaxed(b, q, m) + begin_;
     } else {
       weights_ =
           given(problem_.weights, first_sample + begin_, count_, padded_, given_weights_.get());
     }
     const int64_t ahead = (head + rows_ahead(problem_)) * problem_.num_samples + begin_;
     prefetch<false>(problem_.points, 2 * ahead, 2 * count_);
-    prefetch<false>(problem_.weights, ahead, count_);
+    const int64_t further = problem_.is_fused ? kSoftmaxRows * problem_.num_heads : 0;
+    prefetch<false>(problem_.weights, ahead + further * problem_.num_samples, count_);
     if (problem_.nearest) {
       prepare_nearest(value_rows, grad_rows);
     } else {
@@ -300,50 +340,52 @@ class Samples {
   }
 
   void set_level(int64_t i, int64_t l, const Level& level) {
-    level_[i] = index_t<Real>(l);
     width_[i] = Real(level.width);
     height_[i] = Real(level.height);
     map_width_[i] = Offset(level.width);
     level_start_[i] = Offset(level.start);
+    reference_index_[i] = index_t<Real>(l * problem_.reference_size);
   }
 
-  // Bilinear: x = loc * W - 1/2. Nearest: x = loc * W + 1/2, then truncated (RT-DETRv2's rule).
-  void set_transform_of_locations() {
-    const double origin = problem_.nearest ? 0.5 : -0.5;
-    for (int64_t l = first_level_; l < last_level_; ++l) {
-      set_axis(level_x_, l, Real(problem_.levels[l].width), origin);
-      set_axis(level_y_, l, Real(problem_.levels[l].height), origin);
-    }
-    spread_transform();
-  }
-
-  static void set_axis(AxisTransform<Real>& axis, int64_t level, Real step, double origin) {
-    axis.step[level] = step;
-    axis.origin[level] = Real(origin);
-    axis.rest[level] = Real(origin - double(Real(origin)));
-  }
-
-  // From levels to samples.
-  void spread_transform() {
-    for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
-      const IntVec<Real> level = load_as<IntVec<Real>>(level_.get() + i);
-      const auto spread = [&](const Buffer<Real>& from, Buffer<Real>& to) {
-        store(to.get() + i, take(from.get(), problem_.num_levels, level));
-      };
-      spread(level_x_.step, x_.step);
-      spread(level_x_.origin, x_.origin);
-      spread(level_x_.rest, x_.rest);
-      spread(level_y_.step, y_.step);
-      spread(level_y_.origin, y_.origin);
-      spread(level_y_.rest, y_.rest);
+  void set_reference_levels() {
+    for (int64_t l = 0; l < problem_.num_levels; ++l) {
+      const Level& level = problem_.levels[l];
+      for (int64_t c = 0; c < problem_.reference_size; ++c) {
+        const int64_t i = l * problem_.reference_size + c;
+        reference_.sides[i] = Real(c % 2 == 0 ? level.width : level.height);
+        reference_.half_over_points[i] =
+            Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
+      }
     }
   }
 
-  // given_weights: logits of all K samples -> softmax, of which this object's samples move to the
-  // front.
-  void softmax() {
-    const Real scale = exponentials(given_weights_.get(), problem_.num_samples, padded_all_);
-    for (int64_t i = 0; i < count_; ++i) given_weights_[i] = given_weights_[begin_ + i] * scale;
+  // What is the same for all queries. Bilinear: x = loc * W - 1/2. Nearest: x = loc * W + 1/2, then
+  // truncated (RT-DETRv2's rule). Fused: x = offset * 1 + origin, or by boxes as set_query() says.
+  void set_transform() {
+    for (int64_t i = 0; i < padded_; ++i) {
+      x_.step[i] = problem_.is_fused ? 1 : width_[i];
+      y_.step[i] = problem_.is_fused ? 1 : height_[i];
+      x_.origin[i] = y_.origin[i] = problem_.nearest ? Real(0.5) : Real(-0.5);
+      x_.rest[i] = y_.rest[i] = 0;
+    }
+  }
+
+  // The softmax of the logits of one query and head: those of the next queries are computed with
+  // it.
+  const Real* softmaxed(int64_t b, int64_t q, int64_t m) {
+    const int64_t M = problem_.num_heads, K = problem_.num_samples, Q = problem_.num_queries;
+    const int64_t head = b * M + m;
+    if (head != softmaxed_head_ || q < softmaxed_begin_ || q >= softmaxed_end_) {
+      softmaxed_head_ = head;
+      softmaxed_begin_ = q;
+      softmaxed_end_ = q + kSoftmaxRows < Q ? q + kSoftmaxRows : Q;
+      for (int64_t i = q; i < softmaxed_end_; ++i) {
+        read(problem_.weights, ((b * Q + i) * M + m) * K, K,
+             softmaxed_.get() + (i - q) * softmax_stride_);
+      }
+      softmax(softmaxed_.get(), softmaxed_end_ - q, softmax_stride_, K);
+    }
+    return softmaxed_.get() + (q - softmaxed_begin_) * softmax_stride_;
   }
 
   // The buffers as plain pointers, which the compiler can keep in registers: stores might otherwise
@@ -498,11 +540,15 @@ class Samples {
   const bool for_backward_;
   const int64_t first_level_, last_level_;
   const int64_t begin_, count_, padded_, padded_all_;
-  Buffer<index_t<Real>> level_;
   Buffer<Real> width_, height_;
   Buffer<Offset> map_width_, level_start_;
-  AxisTransform<Real> level_x_, level_y_, x_, y_;
-  Buffer<Real> reference_, given_points_, given_weights_;
+  Buffer<index_t<Real>> reference_index_;  // of the first number of a sample's level in reference_
+  AxisTransform<Real> x_, y_;
+  ReferenceTransform<Real> reference_;
+  Buffer<Real> given_points_, given_weights_;
+  const int64_t softmax_stride_;  // of the rows below
+  Buffer<Real> softmaxed_;        // of queries softmaxed_begin_ to softmaxed_end_ - 1
+  int64_t softmaxed_head_ = -1, softmaxed_begin_ = 0, softmaxed_end_ = 0;
   Buffer<Offset> key_;
   Buffer<index_t<Real>> corners_;
   Buffer<Offset> value_offset_, grad_offset_;

@@ -171,6 +171,53 @@ inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 #endif
 }
 
+// The halves of a vector of float in double, and back. GCC would convert the whole by way of
+// memory.
+struct Halves {
+  Vec<double> low, high;
+};
+
+inline Halves widen(Vec<float> v) {
+#if defined(__AVX512F__)
+  const __m512 all = (__m512)v;
+  return {(Vec<double>)_mm512_cvtps_pd(_mm512_castps512_ps256(all)),
+          (Vec<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1))};
+#elif defined(__AVX2__)
+  const __m256 all = (__m256)v;
+  return {(Vec<double>)_mm256_cvtps_pd(_mm256_castps256_ps128(all)),
+          (Vec<double>)_mm256_cvtps_pd(_mm256_extractf128_ps(all, 1))};
+#else
+  return {Vec<double>{v[0], v[1]}, Vec<double>{v[2], v[3]}};
+#endif
+}
+
+inline Vec<float> narrow(const Halves& v) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)v.low)),
+                                        _mm512_cvtpd_ps((__m512d)v.high), 1);
+#elif defined(__AVX2__)
+  return (Vec<float>)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)v.high),
+                                     _mm256_cvtpd_ps((__m256d)v.low));
+#else
+  return Vec<float>{float(v.low[0]), float(v.low[1]), float(v.high[0]), float(v.high[1])};
+#endif
+}
+
+// a * b - 1/2, and in rest what it lost to rounding.
+inline Vec<double> multiply_subtract_half(Vec<double> a, Vec<double> b, Vec<double>& rest) {
+  rest = Vec<double>{};
+  return a * b - 0.5;
+}
+
+inline Vec<float> multiply_subtract_half(Vec<float> a, Vec<float> b, Vec<float>& rest) {
+  const Halves wide_a = widen(a), wide_b = widen(b);
+  const Halves exact{wide_a.low * wide_b.low - 0.5, wide_a.high * wide_b.high - 0.5};
+  const Vec<float> rounded = narrow(exact);
+  const Halves back = widen(rounded);
+  rest = narrow({exact.low - back.low, exact.high - back.high});
+  return rounded;
+}
+
 // ---- loads: kLanes elements as acc_t ------------------------------------------------------------
 
 inline Vec<float> load(const float* p) { return load_as<Vec<float>>(p); }
@@ -299,6 +346,12 @@ inline V interleave(V a, V b, int offset, std::integer_sequence<int, I...>) {
                      : __builtin_shufflevector(a, b, (I % 2 * n + n / 2 + I / 2)...);
 }
 
+// Each run of kRun lanes in the place of its neighbour.
+template <int kRun, class V, int... I>
+inline V swap_runs(V v, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(v, v, (I ^ kRun)...);
+}
+
 // (x0, y0, x1, y1, ...) in memory <-> a vector of x and a vector of y.
 template <class Real>
 inline void load_pairs(const Real* p, Vec<Real>& x, Vec<Real>& y) {
@@ -346,19 +399,17 @@ inline Vec<float> broadcast_lane([[maybe_unused]] Vec<float> v,
 #endif
 }
 
-// Lane i is table[index[i]]. The table holds `size` numbers and may be read up to a whole vector.
+// Lane i is table[index[i]]. The table holds `size` numbers, and is readable to a whole vector.
 inline Vec<float> take(const float* table, [[maybe_unused]] int64_t size, IntVec<float> index) {
-#if defined(__AVX512F__)
-  if (size <= kLanes<float>) {
-    return (Vec<float>)_mm512_permutexvar_ps((__m512i)index, (__m512)load(table));
+  Vec<float> v = {};
+#if defined(__AVX2__)
+  for (int first = 0; first < size; first += kLanes<float>) {
+    const Vec<float> part = broadcast_lane(load(table + first), index, nullptr, 0);
+    v = (index & -kLanes<float>) == first ? part : v;
   }
-#elif defined(__AVX2__)
-  if (size <= kLanes<float>) {
-    return (Vec<float>)_mm256_permutevar8x32_ps((__m256)load(table), (__m256i)index);
-  }
-#endif
-  Vec<float> v;
+#else
   for (int i = 0; i < kLanes<float>; ++i) v[i] = table[index[i]];
+#endif
   return v;
 }
 
@@ -368,11 +419,26 @@ inline Vec<double> take(const double* table, int64_t, IntVec<double> index) {
   return v;
 }
 
+// The lanes of a vector brought together by f, which takes two vectors: halves first.
+template <class V, class F>
+inline auto reduce_lanes(V v, const F& f) {
+  constexpr int n = sizeof(V) / sizeof(v[0]);
+  if constexpr (n > 8) v = f(v, swap_runs<8>(v, std::make_integer_sequence<int, n>()));
+  if constexpr (n > 4) v = f(v, swap_runs<4>(v, std::make_integer_sequence<int, n>()));
+  if constexpr (n > 2) v = f(v, swap_runs<2>(v, std::make_integer_sequence<int, n>()));
+  if constexpr (n > 1) v = f(v, swap_runs<1>(v, std::make_integer_sequence<int, n>()));
+  return v[0];
+}
+
 template <class V>
 inline auto sum_lanes(V v) {
-  auto sum = v[0];
-  for (int i = 1; i < int(sizeof(V) / sizeof(sum)); ++i) sum += v[i];
-  return sum;
+  return reduce_lanes(v, [](V a, V b) { return a + b; });
+}
+
+// Of numbers that are no NaN.
+template <class V>
+inline auto largest_lane(V v) {
+  return reduce_lanes(v, [](V a, V b) { return a > b ? a : b; });
 }
 
 // Groups of four lanes in a vector, or one group where it is shorter.
