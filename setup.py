@@ -4,6 +4,8 @@ This file is also the build backend named in pyproject.toml (PEP 517): setuptool
 the machine lacks added to the build requirements. A torch that is already installed in the target
 environment is built against in place, so that ``pip install .`` does not download it again.
 
+A machine with a torch for CUDA 13 or later and no nvcc gets one from the package index.
+
 Environment variables: MSDA_CUDA, MSDA_TORCH_ROOT and TORCH_CUDA_ARCH_LIST are CMake's;
 MSDA_BUILD_DIR keeps CMake's build folder for incremental builds.
 """
@@ -32,8 +34,11 @@ def get_requires_for_build_wheel(config_settings=None):
     """Build requirements beyond pyproject.toml's: what this machine does not have yet."""
     requires = _setuptools.get_requires_for_build_wheel(config_settings)
     requires += [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
-    if find_torch() is None:
+    torch = find_torch()
+    if torch is None:
         requires.append("torch>=2.10")
+    elif find_nvcc() is None:
+        requires += nvcc_packages(torch)
     return requires
 
 
@@ -68,6 +73,74 @@ def torch_version(folder):
         re.search(r"__version__ = '(\d+)\.(\d+)", version.read_text()) if version.exists() else None
     )
     return tuple(int(number) for number in match.groups()) if match else (0, 0)
+
+
+# ---- nvcc ----------------------------------------------------------------------------------------
+
+OLDEST_NVCC = (12, 0)
+TESTED_CUDA = (13, 0)  # built for where torch names none
+# What makes up nvcc on the package index, from CUDA 13 on: of CUDA 12 it has no nvcc.
+NVCC_PACKAGES = ("cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl")
+
+
+def cuda_version(torch):
+    """(major, minor) of the CUDA that the torch in a folder is for; None where it is for CPUs."""
+    version = torch / "version.py"
+    text = version.read_text() if version.exists() else ""
+    match = re.search(r"^cuda\b.*= '(\d+)\.(\d+)", text, re.MULTILINE)
+    return tuple(int(number) for number in match.groups()) if match else None
+
+
+def find_nvcc():
+    """The first nvcc that is new enough: the user's, the machine's, one of the package index."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
+    candidates += [Path(home, "bin", "nvcc") for home in homes if home]
+    for entry in sys.path:
+        candidates += sorted(Path(entry).glob("nvidia/cu*/bin/nvcc"))
+    return next((Path(one) for one in candidates if one and nvcc_version(one) >= OLDEST_NVCC), None)
+
+
+def nvcc_version(nvcc):
+    """(major, minor) of an nvcc; (0, 0) where it does not run."""
+    try:
+        run = subprocess.run([nvcc, "--version"], capture_output=True, text=True)
+    except OSError:
+        return 0, 0
+    match = re.search(r"release (\d+)\.(\d+)", run.stdout)
+    return tuple(int(number) for number in match.groups()) if match else (0, 0)
+
+
+def nvcc_packages(torch):
+    """The requirements that bring the nvcc for a torch; none where none is wanted, or there is."""
+    switch, cuda = os.environ.get("MSDA_CUDA", ""), cuda_version(torch)
+    if switch == "0" or (cuda is None and switch != "1") or not sys.platform.startswith("linux"):
+        return []
+    major, minor = cuda or TESTED_CUDA
+    return [f"nvidia-{name}=={major}.{minor}.*" for name in NVCC_PACKAGES] if major >= 13 else []
+
+
+def nvcc_options(torch):
+    """CMake's options for nvcc, and the folder of libraries that its host compiler must be told."""
+    switch, cuda = os.environ.get("MSDA_CUDA", ""), cuda_version(torch)
+    nvcc = None if switch == "0" else find_nvcc()
+    if nvcc is None:
+        if switch == "1" or (switch == "" and cuda is not None):
+            packages = " ".join(f"'{package}'" for package in nvcc_packages(torch))
+            wanted = f"a torch for CUDA {'.'.join(map(str, cuda))}" if cuda else "MSDA_CUDA=1"
+            remedy = f"pip install {packages}" if packages else "install NVIDIA's CUDA toolkit"
+            stop(
+                f"nvcc >= {'.'.join(map(str, OLDEST_NVCC))} is needed for {wanted}, and none was "
+                f"found: {remedy}, or set MSDA_CUDA=0 to build for the CPU alone"
+            )
+        return [], None
+    options = [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+    root = nvcc.parent.parent
+    if not root.name.startswith("cu") or root.parent.name != "nvidia":
+        return options, None
+    # The packages have libraries in lib, where their nvcc may say lib64, and only versioned ones.
+    runtime = next(root.glob("lib/libcudart.so.*"), "")
+    return [*options, f"-DCUDA_CUDART={runtime}"], root / "lib"
 
 
 def stop(sentence):
@@ -110,15 +183,21 @@ class BuildWithCMake(build_ext):
     def build_extension(self, ext):
         """Configure, build and install into the package."""
         torch = require_tools()
+        cuda_options, libraries = nvcc_options(torch)
+        environment = os.environ.copy()
+        if libraries is not None:
+            paths = [str(libraries), environment.get("LIBRARY_PATH")]
+            environment["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
         build_dir = Path(os.environ.get("MSDA_BUILD_DIR") or self.build_temp).resolve()
         package_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        configure = ["-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
         steps = (
-            ["-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja", f"-DMSDA_TORCH_ROOT={torch}"],
+            [*configure, f"-DMSDA_TORCH_ROOT={torch}", *cuda_options],
             ["--build", str(build_dir)],
             ["--install", str(build_dir), "--prefix", str(package_dir)],
         )
         for step in steps:
-            if subprocess.run(["cmake", *step]).returncode != 0:
+            if subprocess.run(["cmake", *step], env=environment).returncode != 0:
                 stop(
                     f"the build failed in `cmake {step[0]}`; the message of CMake or of the "
                     "compiler is above"

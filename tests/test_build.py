@@ -41,6 +41,14 @@ def fake_torch(folder, version):
     return folder
 
 
+def torch_for_cuda(folder, cuda):
+    """The same, of a torch for a CUDA version, or for CPUs."""
+    fake = fake_torch(folder, "2.13")
+    with open(fake / "version.py", "a") as file:
+        file.write(f"cuda: Optional[str] = {cuda!r}\n")
+    return fake
+
+
 def configure(build_dir, *options, **environment):
     """Run CMake's configure step; returns its exit status and all it printed, lines joined."""
     keep = {
@@ -145,6 +153,103 @@ def test_cuda_is_left_out_without_nvcc(tmp_path, path_without_nvcc):
     status, text = configure(tmp_path / "build1", "-DMSDA_CUDA=1", **environment)
     assert status != 0
     assert "MSDA_CUDA=1 asks for CUDA kernels, but nvcc was not found" in text
+
+
+# ---- nvcc from the package index -----------------------------------------------------------------
+
+CUDA_13 = ["cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl"]
+
+
+@pytest.fixture
+def nvccs(setup_py, monkeypatch, tmp_path):
+    """Nothing but the nvccs that a test makes: a function that makes one, by folder and release."""
+    for variable in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "MSDA_CUDA", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(setup_py.shutil, "which", lambda tool: None)
+    monkeypatch.setattr(setup_py.sys, "path", [str(tmp_path / "site")])
+    version_of = setup_py.nvcc_version
+    monkeypatch.setattr(
+        setup_py,
+        "nvcc_version",
+        lambda nvcc: version_of(nvcc) if str(nvcc).startswith(str(tmp_path)) else (0, 0),
+    )
+
+    def make(folder, release):
+        nvcc = tmp_path / folder / "bin" / "nvcc"
+        nvcc.parent.mkdir(parents=True)
+        nvcc.write_text(
+            f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.1'\n"
+        )
+        nvcc.chmod(0o755)
+        return nvcc
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("cuda", "switch", "version"),
+    [
+        ("13.0", "", "13.0"),
+        ("13.2", "1", "13.2"),
+        ("13.0", "0", None),
+        (None, "", None),
+        (None, "1", "13.0"),  # the tested one
+        ("12.8", "", None),  # there is no nvcc on the index
+    ],
+)
+def test_nvcc_is_a_build_requirement_where_torch_is_for_cuda_and_there_is_none(
+    setup_py, nvccs, monkeypatch, tmp_path, cuda, switch, version
+):
+    monkeypatch.setattr(setup_py._setuptools, "get_requires_for_build_wheel", lambda settings: [])
+    monkeypatch.setenv("MSDA_TORCH_ROOT", str(torch_for_cuda(tmp_path / "torch", cuda)))
+    monkeypatch.setenv("MSDA_CUDA", switch)
+    expected = [f"nvidia-{name}=={version}.*" for name in CUDA_13] if version else []
+    assert setup_py.get_requires_for_build_wheel() == ["cmake", "ninja", *expected]
+    nvccs("toolkit", "12.9")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert setup_py.get_requires_for_build_wheel() == ["cmake", "ninja"]
+
+
+def test_the_first_nvcc_that_is_new_enough_builds(setup_py, nvccs, monkeypatch, tmp_path):
+    old, packaged = nvccs("old", "11.4"), nvccs("site/nvidia/cu13", "13.0")
+    monkeypatch.setenv("CUDA_HOME", str(old.parent.parent))
+    assert setup_py.find_nvcc() == packaged
+    library = packaged.parent.parent / "lib" / "libcudart.so.13"
+    library.parent.mkdir()
+    library.touch()
+    torch = torch_for_cuda(tmp_path / "torch", "13.0")
+    options = [f"-DCMAKE_CUDA_COMPILER={packaged}", f"-DCUDA_CUDART={library}"]
+    assert setup_py.nvcc_options(torch) == (options, library.parent)
+
+    new = nvccs("new", "12.6")
+    monkeypatch.setenv("CUDA_HOME", str(new.parent.parent))
+    assert setup_py.nvcc_options(torch) == ([f"-DCMAKE_CUDA_COMPILER={new}"], None)
+    broken = tmp_path / "broken"
+    broken.write_text("not a program")
+    monkeypatch.setenv("CUDACXX", str(broken))
+    assert setup_py.find_nvcc() == new
+    monkeypatch.setenv("MSDA_CUDA", "0")
+    assert setup_py.nvcc_options(torch) == ([], None)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "switch", "says"),
+    [
+        ("13.0", "", "a torch for CUDA 13.0, and none was found: pip install 'nvidia-cuda-nvcc=="),
+        ("12.8", "", "a torch for CUDA 12.8, and none was found: install NVIDIA's CUDA toolkit"),
+        (None, "1", "MSDA_CUDA=1, and none was found: pip install 'nvidia-cuda-nvcc==13.0.*'"),
+    ],
+)
+def test_a_missing_nvcc_is_one_sentence(setup_py, nvccs, monkeypatch, tmp_path, cuda, switch, says):
+    monkeypatch.setenv("MSDA_CUDA", switch)
+    with pytest.raises(SystemExit) as stopped:
+        setup_py.nvcc_options(torch_for_cuda(tmp_path / "torch", cuda))
+    assert str(stopped.value).startswith(f"msda: nvcc >= 12.0 is needed for {says}")
+    assert str(stopped.value).endswith(", or set MSDA_CUDA=0 to build for the CPU alone")
+
+
+def test_a_torch_for_cpus_needs_no_nvcc(setup_py, nvccs, tmp_path):
+    assert setup_py.nvcc_options(torch_for_cuda(tmp_path / "torch", None)) == ([], None)
 
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
