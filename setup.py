@@ -46,20 +46,21 @@ get_requires_for_build_editable = get_requires_for_build_wheel
 
 
 def find_torch():
-    """The folder of torch: MSDA_TORCH_ROOT, that of this Python, or of the environment around it.
-
-    An isolated build hides the environment it installs into; its site-packages are looked at here.
-    """
+    """The folder of torch: MSDA_TORCH_ROOT, this Python's or that of the environment around it."""
     if os.environ.get("MSDA_TORCH_ROOT"):
         return Path(os.environ["MSDA_TORCH_ROOT"])
     spec = importlib.util.find_spec("torch")
     if spec is not None and spec.submodule_search_locations:
         return Path(next(iter(spec.submodule_search_locations)))
-    for scheme in ("platlib", "purelib"):
-        folder = Path(sysconfig.get_path(scheme)) / "torch"
+    for folder in (path / "torch" for path in site_packages()):
         if (folder / "version.py").exists() and torch_version(folder) >= OLDEST_TORCH:
             return folder
     return None
+
+
+def site_packages():
+    """Of the environment that is installed into, which an isolated build hides."""
+    return [Path(sysconfig.get_path(scheme)) for scheme in ("platlib", "purelib")]
 
 
 def torch_version(folder):
@@ -96,7 +97,7 @@ def find_nvcc():
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc")]
     candidates += [Path(home, "bin", "nvcc") for home in homes if home]
-    for entry in sys.path:
+    for entry in (*sys.path, *site_packages()):
         candidates += sorted(Path(entry).glob("nvidia/cu*/bin/nvcc"))
     return next((Path(one) for one in candidates if one and nvcc_version(one) >= OLDEST_NVCC), None)
 

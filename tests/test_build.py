@@ -166,7 +166,8 @@ def nvccs(setup_py, monkeypatch, tmp_path):
     for variable in ("CUDACXX", "CUDA_HOME", "CUDA_PATH", "MSDA_CUDA", "CXX"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(setup_py.shutil, "which", lambda tool: None)
-    monkeypatch.setattr(setup_py.sys, "path", [str(tmp_path / "site")])
+    monkeypatch.setattr(setup_py.sys, "path", [])
+    monkeypatch.setattr(setup_py, "site_packages", lambda: [tmp_path / "site"])
     version_of = setup_py.nvcc_version
     monkeypatch.setattr(
         setup_py,
