@@ -250,8 +250,9 @@ def convergence_figure(results: dict[str, Any], path: Path) -> None:
         figure.legend(handles, labels, loc="outside lower center", ncols=2)
         seeds = len(next(iter(results["arms"].values()))["runs"])
         figure.suptitle(
-            f"One detector, two kinds of attention ({results['experiment']['preset']}; mean of "
-            f"{seeds} seeds, least to most shaded)\ndotted: the thresholds of the table"
+            f"One detector, two kinds of attention ({results['experiment']['preset']}; "
+            + ("one seed" if seeds == 1 else f"mean of {seeds} seeds, least to most shaded")
+            + ")\ndotted: the thresholds of the table"
         )
 
 
