@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -710,15 +711,19 @@ NO_RELIABILITY_FIGURE = (
 
 
 def reliability_table() -> str:
-    """What tests/fuzz/run.py tried in each of its parts, a line for each thing."""
-    lines = []
+    """What all runs of tests/fuzz/run.py tried, a line for each thing."""
+    runs: dict[str, list[tuple[str, dict]]] = {}
     for path in sorted((RESULTS / "reliability").glob("*.json")):
         results = json.loads(path.read_text())
-        machine = results["machine"]
+        where = f"{results['machine']['cpu']}, {results['machine']['commit']}"
         for run in results["runs"]:
-            where = f"{machine['cpu']}, {machine['commit']}"
-            cells = [run["what"], _tried(run), f"**{len(run['failures'])}**", where]
-            lines.append(f"| {' | '.join(cells)} |")
+            runs.setdefault(run["what"], []).append((where, run))
+    lines = []
+    for what, found in runs.items():
+        places = "; ".join(dict.fromkeys(where for where, _ in found))
+        failed = sum(len(run["failures"]) for _, run in found)
+        cells = [what, _tried([run for _, run in found]), f"**{failed}**", places]
+        lines.append(f"| {' | '.join(cells)} |")
     if not lines:
         return NO_RELIABILITY_FIGURE
     headings = ["what", "tried", "failed", "where, at which commit"]
@@ -738,15 +743,19 @@ def reliability_table() -> str:
     )
 
 
-def _tried(run: dict) -> str:
-    """How many cases of what."""
-    kinds = run["kinds"]
-    number = f"{run['cases']:,}"
+def _tried(runs: list[dict]) -> str:
+    """How many cases of what, in all runs."""
+    kinds = sum((Counter(run["kinds"]) for run in runs), Counter())
+    number = f"{sum(run['cases'] for run in runs):,}"
     if "refused" in kinds:
-        refused = kinds["refused"] + kinds.get("refused by torch", 0)
+        refused = kinds["refused"] + kinds["refused by torch"]
         return f"{number} calls: {refused:,} refused, {kinds['computed']:,} computed right"
-    if run["capabilities"]:
-        return f"{number} problems ({', '.join(run['capabilities'])})"
+    capabilities: Counter[str] = Counter()
+    for run in runs:
+        capabilities.update(dict.fromkeys(run["capabilities"], run["cases"]))
+    if capabilities:
+        by_name = ", ".join(f"{name} {cases:,}" for name, cases in capabilities.items())
+        return f"{number} problems ({by_name})"
     return f"{number} {'tests' if 'passed' in kinds else 'calls'}"
 
 
