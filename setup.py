@@ -37,7 +37,7 @@ def get_requires_for_build_wheel(config_settings=None):
     torch = find_torch()
     if torch is None:
         requires.append("torch>=2.10")
-    elif find_nvcc() is None:
+    if find_nvcc() is None:
         requires += nvcc_packages(torch)
     return requires
 
@@ -113,12 +113,16 @@ def nvcc_version(nvcc):
 
 
 def nvcc_packages(torch):
-    """The requirements that bring the nvcc for a torch; none where none is wanted, or there is."""
-    switch, cuda = os.environ.get("MSDA_CUDA", ""), cuda_version(torch)
-    if switch == "0" or (cuda is None and switch != "1") or not sys.platform.startswith("linux"):
-        return []
+    """The requirements that bring the nvcc for a torch; none where none is wanted, or there is.
+
+    Of a torch that is yet to be fetched it is not known what it is for; on Linux mostly for CUDA.
+    """
+    switch, cuda = os.environ.get("MSDA_CUDA", ""), torch and cuda_version(torch)
+    is_wanted = switch == "1" or (switch == "" and (torch is None or cuda is not None))
     major, minor = cuda or TESTED_CUDA
-    return [f"nvidia-{name}=={major}.{minor}.*" for name in NVCC_PACKAGES] if major >= 13 else []
+    if not is_wanted or major < 13 or not sys.platform.startswith("linux"):
+        return []
+    return [f"nvidia-{name}=={major}.{minor}.*" for name in NVCC_PACKAGES]
 
 
 def nvcc_options(torch):
@@ -139,6 +143,8 @@ def nvcc_options(torch):
     root = nvcc.parent.parent
     if not root.name.startswith("cu") or root.parent.name != "nvidia":
         return options, None
+    if cuda is None and switch != "1":  # it came for a torch that turned out to be for CPUs
+        return [], None
     # The packages have libraries in lib, where their nvcc may say lib64, and only versioned ones.
     runtime = next(root.glob("lib/libcudart.so.*"), "")
     return [*options, f"-DCUDA_CUDART={runtime}"], root / "lib"

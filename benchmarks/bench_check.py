@@ -162,7 +162,9 @@ def main() -> int:
     machine = cpu_machine()
     kind = f"{machine['cpu']}, {machine['cpu_capability']}"
     everything = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
-    committed = everything.get(kind, {}).get("ratios", {})
+    # Ratios may be committed under the name alone, from before processors were named by numbers.
+    by_name = f"{machine['cpu'].partition(' (family')[0]}, {machine['cpu_capability']}"
+    committed = everything.get(kind, everything.get(by_name, {})).get("ratios", {})
     margin = THOROUGH_MARGIN if options.thorough else MARGIN
     print(f"{kind} kernels, torch {machine['torch']}")
     if not committed:

@@ -211,6 +211,20 @@ def test_nvcc_is_a_build_requirement_where_torch_is_for_cuda_and_there_is_none(
     assert setup_py.get_requires_for_build_wheel() == ["cmake", "ninja"]
 
 
+def test_a_torch_that_is_yet_to_be_fetched_brings_nvcc_which_one_for_cpus_leaves_alone(
+    setup_py, nvccs, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(setup_py._setuptools, "get_requires_for_build_wheel", lambda settings: [])
+    monkeypatch.setattr(setup_py, "find_torch", lambda: None)
+    packages = [f"nvidia-{name}==13.0.*" for name in CUDA_13]
+    expected = ["cmake", "ninja", "torch>=2.10", *packages]
+    assert setup_py.get_requires_for_build_wheel() == expected
+    nvccs("site/nvidia/cu13", "13.0")
+    assert setup_py.nvcc_options(torch_for_cuda(tmp_path / "torch", None)) == ([], None)
+    monkeypatch.setenv("MSDA_CUDA", "0")
+    assert setup_py.get_requires_for_build_wheel() == ["cmake", "ninja", "torch>=2.10"]
+
+
 def test_the_first_nvcc_that_is_new_enough_builds(setup_py, nvccs, monkeypatch, tmp_path):
     old, packaged = nvccs("old", "11.4"), nvccs("site/nvidia/cu13", "13.0")
     monkeypatch.setenv("CUDA_HOME", str(old.parent.parent))

@@ -255,9 +255,3 @@ def test_a_program_that_does_not_run_is_a_failure(load, tmp_path):
     tally = run.try_seeds("cases", [sys.executable, program], 0, 60)
     assert len(tally.failures) == 1
     assert "nothing_of_this_name" in tally.failures[0]
-
-
-def test_what_was_found_once_is_right_now(kernels_fuzz, load):
-    for entry in load("run").found_by("kernels"):
-        done = kernels_fuzz("--bytes", entry["bytes"])
-        assert (done.returncode, done.stdout) == (0, ""), entry["what"]

@@ -9,8 +9,8 @@
     arm       the CPU kernels compiled for 64-bit Arm, run by qemu
 
 ``--minutes`` is the time to try cases for, beside that to compile. Whatever fails prints one line
-with the command that repeats it, and the exit status is 1. ``--output FILE`` writes what was tried,
-as JSON.
+with the command that repeats it, and the exit status is 1; once mended, it becomes a test of
+tests/. ``--output FILE`` writes what was tried, as JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -35,7 +35,6 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
 BUILD = ROOT / "build"
-FOUND = FOLDER / "found.json"
 MOST_FAILURES = 20
 MEMORY_SANITIZERS = "address,undefined,float-cast-overflow"
 # Of the operator, under sanitizers: those that reach its C++ code and not only Python's.
@@ -241,8 +240,6 @@ def fuzz_guided(program: Path, processes: int, first: int, seconds: float) -> Ta
 def guided_process(program: Path, seed: int, seconds: float) -> Tally:
     corpus = BUILD / "corpus"
     corpus.mkdir(parents=True, exist_ok=True)
-    for number, entry in enumerate(found_by("kernels")):
-        (corpus / f"found-{number}").write_bytes(bytes.fromhex(entry["bytes"]))
     start = random.Random(seed)
     for number in range(64):
         (corpus / f"start-{seed}-{number}").write_bytes(start.randbytes(48))
@@ -276,11 +273,6 @@ def guided_process(program: Path, seed: int, seconds: float) -> Tally:
                     entry.unlink()
         seed += 1000
     return tally
-
-
-def found_by(layer: str) -> Iterator[dict[str, str]]:
-    """What was found once, and is tried first ever since."""
-    return (entry for entry in json.loads(FOUND.read_text()) if entry["layer"] == layer)
 
 
 # ---- sanitize ------------------------------------------------------------------------------------
