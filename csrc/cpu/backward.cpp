@@ -35,13 +35,14 @@ void backward_channels(const PackedSamples<T, kPacked>& samples, const T* value,
     g[k] = kPartial ? load_partial(grad_output, channels) : load(grad_output + k * kStep);
   }
 
+  const auto prepared = samples.prepared();
   const int64_t count = samples.count();
   for (int64_t i = 0; i < count; i += kStep) {
     const int group = int(count - i < kStep ? count - i : kStep);
-    const auto* const value_offset = samples.value_offset() + kNumCorners * i;
+    const auto* const value_offset = prepared.value_offset + kNumCorners * i;
     const auto* const grad_offset =
         kPacked ? value_offset : samples.grad_offset() + kNumCorners * i;
-    const Real* const weight = samples.corner_weight() + kNumCorners * i;
+    const Real* const weight = prepared.corner_weight + kNumCorners * i;
     Vec<Real> weights[kNumCorners];
     for (int c = 0; c < kNumCorners; ++c) weights[c] = load(weight + c * kStep);
     IntVec<Real> index = {};
@@ -116,7 +117,7 @@ class Backward {
                   problem.levels[last_level - 1].height * problem.levels[last_level - 1].width -
                   first_key_),
         num_sums_(outputs.grad_value.is_wanted && !sums_in_place(problem) ? num_keys_ : 0),
-        samples_(problem, first_level, last_level, true),
+        samples_(problem, first_level, last_level, 1, true),
         dots_(4 * samples_.padded()),
         points_(2 * samples_.padded()),
         weights_(samples_.padded()),
@@ -299,7 +300,7 @@ void backward_reference_rows(const Problem& problem, const BackwardOutputs& outp
   const int64_t size = problem.reference_size, levels = problem.reference_levels;
   const bool is_box = size == 4;
   const ConstArray in_pixels{outputs.grad_points.data, outputs.grad_points.dtype};
-  Samples<Real, int64_t> samples(problem, 0, problem.num_levels, true);
+  Samples<Real, int64_t> samples(problem, 0, problem.num_levels, 1, true);
   const int64_t padded = round_up(2 * K, kStep);
   Buffer<Real> grad_points(padded), offsets(padded), steps(padded);  // (K, 2) and more
   Buffer<Real> sums(padded), sums_by_offset(padded);                 // over the heads

@@ -7,26 +7,30 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 namespace {
 
-// Sums the samples of one query and head over kVectors vectors of channels, or over the first
-// `channels` lanes of one vector where kPartial.
-//   value: value[b, 0, m, d:]   output: output[b, q, m * D + d:]
+// How many samples before their turn, at least, the pixels of a sparse call are asked for.
+constexpr int64_t kSamplesAhead = 8;
+
+// Sums samples first..last-1 over kVectors vectors of channels, or over the first `channels` lanes
+// of one vector where kPartial.
+//   value: what the offsets start from, channel d   output: output[b, q, m * D + d:]
 template <class T, class Offset, int kVectors, bool kPartial>
-void gather(const Samples<acc_t<T>, Offset>& samples, const T* value, int channels, T* output) {
+void gather(const typename Samples<acc_t<T>, Offset>::Prepared& samples, int64_t first,
+            int64_t last, const T* value, int channels, T* output) {
   using Real = acc_t<T>;
   constexpr int kStep = kLanes<Real>;
   // Enough independent sums to hide the latency of a multiply-add.
   constexpr int kChains = kVectors >= 4 ? 1 : kVectors == 2 ? 2 : 4;
   Vec<Real> sum[kChains][kVectors] = {};
 
-  const int64_t count = samples.count();
-  for (int64_t i = 0; i < count; i += kStep) {
-    const int group = int(count - i < kStep ? count - i : kStep);
-    const Offset* const offset = samples.value_offset() + kNumCorners * i;
-    const Real* const weight = samples.corner_weight() + kNumCorners * i;
+  for (int64_t i = first / kStep * kStep; i < last; i += kStep) {
+    const int begin = int(first > i ? first - i : 0);
+    const int end = int(last - i < kStep ? last - i : kStep);
+    const Offset* const offset = samples.value_offset + kNumCorners * i;
+    const Real* const weight = samples.corner_weight + kNumCorners * i;
     Vec<Real> weights[kNumCorners];
     for (int c = 0; c < kNumCorners; ++c) weights[c] = load(weight + c * kStep);
-    IntVec<Real> index = {};
-    for (int j = 0; j < group; ++j, index += 1) {
+    IntVec<Real> index = broadcast(index_t<Real>(begin));
+    for (int j = begin; j < end; ++j, index += 1) {
       for (int c = 0; c < kNumCorners; ++c) {
         const T* const pixel = at_distance(value, offset[c * kStep + j]);
         const Vec<Real> w = broadcast_lane(weights[c], index, weight + c * kStep, j);
@@ -49,14 +53,33 @@ void gather(const Samples<acc_t<T>, Offset>& samples, const T* value, int channe
   }
 }
 
-// Walks rows first..last-1 head by head, with the head's pixels copied next to each other if
-// packed.
+// The same over all channels of a head, in as few passes as the vectors allow.
+template <class T, class Offset>
+void gather_head(const typename Samples<acc_t<T>, Offset>::Prepared& samples, int64_t first,
+                 int64_t last, const T* value, int64_t head_dim, T* output) {
+  constexpr int kStep = kLanes<acc_t<T>>;
+  const auto run = [&](auto vectors, auto partial, int64_t d) {
+    gather<T, Offset, decltype(vectors)::value, decltype(partial)::value>(
+        samples, first, last, value + d, int(head_dim - d), output + d);
+  };
+  constexpr std::bool_constant<false> whole;
+  constexpr std::bool_constant<true> partial;
+  const int64_t D = head_dim;
+  int64_t d = 0;
+  for (; d + 8 * kStep <= D; d += 8 * kStep) run(std::integral_constant<int, 8>(), whole, d);
+  for (; d + 4 * kStep <= D; d += 4 * kStep) run(std::integral_constant<int, 4>(), whole, d);
+  for (; d + 2 * kStep <= D; d += 2 * kStep) run(std::integral_constant<int, 2>(), whole, d);
+  for (; d + kStep <= D; d += kStep) run(std::integral_constant<int, 1>(), whole, d);
+  if (d < D) run(std::integral_constant<int, 1>(), partial, d);
+}
+
+// Walks rows (b * M + m) * Q + q from first to last - 1, head by head, with the head's pixels
+// copied next to each other if packed.
 template <class T, class Offset>
 void forward_heads(const Problem& problem, const ForwardOutputs& outputs, bool packed,
                    int64_t first, int64_t last) {
-  constexpr int kStep = kLanes<acc_t<T>>;
   const int64_t M = problem.num_heads, D = problem.head_dim, Q = problem.num_queries;
-  Samples<acc_t<T>, Offset> samples(problem, 0, problem.num_levels, false);
+  Samples<acc_t<T>, Offset> samples(problem, 0, problem.num_levels, 1, false);
   HeadRows<T> copy(problem, 0, packed ? problem.num_keys : 0);
 
   while (first < last) {
@@ -77,18 +100,62 @@ void forward_heads(const Problem& problem, const ForwardOutputs& outputs, bool p
       const int64_t row = (b * Q + q) * M + m;
       T* const output = static_cast<T*>(outputs.output.data) + row * D;
       prefetch<true>(outputs.output, (row + rows_ahead(problem)) * D, D);
-      const auto run = [&](auto vectors, auto partial, int64_t d) {
-        gather<T, Offset, decltype(vectors)::value, decltype(partial)::value>(
-            samples, value + d, int(D - d), output + d);
-      };
-      constexpr std::bool_constant<false> whole;
-      constexpr std::bool_constant<true> partial;
-      int64_t d = 0;
-      for (; d + 8 * kStep <= D; d += 8 * kStep) run(std::integral_constant<int, 8>(), whole, d);
-      for (; d + 4 * kStep <= D; d += 4 * kStep) run(std::integral_constant<int, 4>(), whole, d);
-      for (; d + 2 * kStep <= D; d += 2 * kStep) run(std::integral_constant<int, 2>(), whole, d);
-      for (; d + kStep <= D; d += kStep) run(std::integral_constant<int, 1>(), whole, d);
-      if (d < D) run(std::integral_constant<int, 1>(), partial, d);
+      gather_head<T, Offset>(samples.prepared(), 0, samples.count(), value, D, output);
+    }
+  }
+}
+
+// Walks rows (b * Q + q) * M + m from first to last - 1, query by query. All heads of a query are
+// prepared at once, and each query before the one before it is summed: the pixels, which lie
+// anywhere, can be asked for ahead.
+template <class T>
+void forward_queries(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
+                     int64_t last) {
+  using Prepared = typename Samples<acc_t<T>, int64_t>::Prepared;
+  const int64_t M = problem.num_heads, D = problem.head_dim, Q = problem.num_queries;
+  const int64_t K = problem.num_samples, row_bytes = D * int64_t(sizeof(T));
+  Samples<acc_t<T>, int64_t> samples(problem, 0, problem.num_levels, M, false);
+  const HeadRows<T> zeros(problem, 0, 0);
+  const auto* const values = static_cast<const T*>(problem.value.data);
+  // value[b, 0, 0, :]
+  const auto value_of = [&](int64_t query) {
+    return values + query / Q * problem.num_keys * M * D;
+  };
+  const auto prepare = [&](int64_t query) {
+    const int64_t b = query / Q, q = query % Q;
+    samples.set_query(b, q);
+    samples.prepare(b, q, 0, {M * row_bytes, 0, distance(value_of(query), zeros.get())});
+    return samples.prepared();
+  };
+  const auto ask_for_pixels = [&](const Prepared& of, const T* value, int64_t head) {
+    for (int64_t i = head * K; i < (head + 1) * K; ++i) {
+      for (int c = 0; c < kNumCorners; ++c) {
+        const T* const pixel = at_distance(value, of.value_offset[samples.corner_index(c, i)]);
+        for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine) {
+          __builtin_prefetch(at_distance(pixel, byte));
+        }
+      }
+    }
+  };
+  const int64_t heads_ahead = K > 0 ? (kSamplesAhead + K - 1) / K : 0;
+  const int64_t ahead = heads_ahead < M ? heads_ahead : M;
+
+  const int64_t last_query = (last - 1) / M;
+  Prepared next = prepare(first / M);
+  for (int64_t m = 0; m < ahead; ++m) ask_for_pixels(next, value_of(first / M), m);
+  for (int64_t query = first / M; query <= last_query; ++query) {
+    const Prepared current = next;
+    if (query < last_query) next = prepare(query + 1);
+    for (int64_t m = 0; m < M; ++m) {
+      if (m + ahead < M) {
+        ask_for_pixels(current, value_of(query), m + ahead);
+      } else if (query < last_query) {
+        ask_for_pixels(next, value_of(query + 1), m + ahead - M);
+      }
+      const int64_t row = query * M + m;
+      if (row < first || row >= last) continue;
+      T* const output = static_cast<T*>(outputs.output.data) + row * D;
+      gather_head<T, int64_t>(current, m * K, (m + 1) * K, value_of(query), D, output);
     }
   }
 }
@@ -96,12 +163,15 @@ void forward_heads(const Problem& problem, const ForwardOutputs& outputs, bool p
 }  // namespace
 
 void forward(const Problem& problem, const ForwardOutputs& outputs, int64_t first, int64_t last) {
+  if (first >= last) return;
   dispatch_dtype(problem.value.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Near = index_t<acc_t<T>>;
     const int64_t num_queries =
         problem.num_queries < last - first ? problem.num_queries : last - first;
-    if (is_dense(problem, num_queries) && fits<Near>(problem, sizeof(T))) {
+    if (!is_dense(problem, problem.num_queries)) {
+      forward_queries<T>(problem, outputs, first, last);
+    } else if (is_dense(problem, num_queries) && fits<Near>(problem, sizeof(T))) {
       forward_heads<T, Near>(problem, outputs, true, first, last);
     } else {
       forward_heads<T, int64_t>(problem, outputs, false, first, last);

@@ -26,7 +26,8 @@ inline bool sums_in_place(const Problem& problem) {
 struct CpuKernels {
   const char* capability;  // as in MSDA_CPU_CAPABILITY
 
-  // Computes the outputs of rows first..last-1, where row = (b * M + m) * Q + q.
+  // Computes the outputs of rows first..last-1, where row = (b * M + m) * Q + q, or
+  // (b * Q + q) * M + m where not is_dense().
   void (*forward)(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
                   int64_t last);
 

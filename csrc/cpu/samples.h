@@ -1,8 +1,9 @@
 // From the inputs of one query and head to samples that a loop over channels can use: which pixels,
 // with which weights. Shared by forward and backward, by plain and fused calls.
 //
-// All K samples of a query and head are prepared together, a vector of samples at a time, because
-// this work would otherwise cost as much as the gather itself. Arrays are padded to whole vectors.
+// All K samples of a query and head, or of a query and all its heads, are prepared together, a
+// vector of samples at a time, because this work would otherwise cost as much as the gather itself.
+// Arrays are padded to whole vectors.
 
 #pragma once
 
@@ -42,7 +43,7 @@ struct ReferenceTransform {
 };
 
 // Rows of queries and heads from now that inputs and outputs are asked for: those of this head,
-// some queries on. The walk, head by head, jumps too far for the machine to foresee it, and memory
+// some queries on. A walk head by head jumps too far for the machine to foresee it, and memory
 // answers later than one query takes.
 inline int64_t rows_ahead(const Problem& problem) { return 4 * problem.num_heads; }
 
@@ -157,6 +158,7 @@ class HeadRows {
   }
 
   T* get() { return rows_.get(); }
+  const T* get() const { return rows_.get(); }
 
   Rows rows() const {
     const int64_t row = problem_.head_dim * int64_t(sizeof(T));
@@ -186,26 +188,43 @@ class HeadRows {
   Buffer<T> rows_;
 };
 
-// The samples of one query and head at a time. Holds the tables and buffers that outlive them.
-// Offset is the type of distances between pixels: index_t<Real> where it can hold them.
+// The samples of one query and head at a time, or of one query and all its heads. Holds the tables
+// and buffers that outlive them. Offset is the type of distances between pixels: index_t<Real>
+// where it can hold them.
 template <class Real, class Offset>
 class Samples {
  public:
-  // first_level, last_level: only the samples of these levels are prepared. for_backward:
-  // corners(), fx(), fy() and attention() are wanted.
-  Samples(const Problem& problem, int64_t first_level, int64_t last_level, bool for_backward)
+  // What a loop over channels reads of the samples that one prepare() left: for corner c of sample
+  // i, at corner_index(c, i), attention times corner weight, and the offset of the pixel in value.
+  // Vectors of samples, corners within: a loop over one such vector reads all four corners through
+  // one pointer.
+  struct Prepared {
+    const Real* corner_weight;
+    const Offset* value_offset;
+  };
+
+  static int64_t corner_index(int c, int64_t i) {
+    return (i / kLanes<Real> * kNumCorners + c) * kLanes<Real> + i % kLanes<Real>;
+  }
+
+  // first_level, last_level: only the samples of these levels are prepared. heads_at_once: 1, or
+  // all, of all levels. for_backward: corners(), fx(), fy() and attention() are wanted.
+  Samples(const Problem& problem, int64_t first_level, int64_t last_level, int64_t heads_at_once,
+          bool for_backward)
       : problem_(problem),
+        heads_at_once_(heads_at_once),
         for_backward_(for_backward),
         first_level_(first_level),
         last_level_(last_level),
         begin_(count_points(problem, 0, first_level)),
-        count_(count_points(problem, first_level, last_level)),
+        count_(heads_at_once * count_points(problem, first_level, last_level)),
         padded_(round_up(count_, kLanes<Real>)),
         padded_all_(round_up(problem.num_samples, kLanes<Real>)),
         width_(padded_),
         height_(padded_),
         map_width_(padded_),
         level_start_(padded_),
+        head_offset_(padded_),
         reference_index_(padded_),
         x_(padded_),
         y_(padded_),
@@ -216,20 +235,23 @@ class Samples {
         softmaxed_(kSoftmaxRows * softmax_stride_),
         key_(padded_),
         corners_(padded_),
-        value_offset_(kNumCorners * padded_),
+        value_offset_(2 * kNumCorners * padded_),
         grad_offset_(kNumCorners * padded_),
         fx_(padded_),
         fy_(padded_),
         attention_(padded_),
-        corner_weight_(kNumCorners * padded_) {
+        corner_weight_(2 * kNumCorners * padded_) {
+    const int64_t pixel = problem.head_dim * element_size(problem.value.dtype);
     int64_t i = 0;
-    for (int64_t l = first_level; l < last_level; ++l) {
-      for (int64_t p = 0; p < problem.levels[l].num_points; ++p, ++i) {
-        set_level(i, l, problem.levels[l]);
+    for (int64_t head = 0; head < heads_at_once; ++head) {
+      for (int64_t l = first_level; l < last_level; ++l) {
+        for (int64_t p = 0; p < problem.levels[l].num_points; ++p, ++i) {
+          set_sample(i, l, problem.levels[l], head * pixel);
+        }
       }
     }
     // Samples past the last: NaN for points, so that they do not count.
-    for (; i < padded_; ++i) set_level(i, first_level, Level{1, 1, 0, 0});
+    for (; i < padded_; ++i) set_sample(i, first_level, Level{1, 1, 0, 0}, 0);
     for (int64_t k = 0; k < 2 * padded_; ++k) given_points_[k] = Real(__builtin_nan(""));
     std::memset(given_weights_.get(), 0, padded_ * sizeof(Real));
     set_transform();
@@ -237,7 +259,7 @@ class Samples {
   }
 
   int64_t begin() const { return begin_; }    // first sample among the K of a query and head
-  int64_t count() const { return count_; }    // number of samples
+  int64_t count() const { return count_; }    // number of samples, of all heads at once
   int64_t padded() const { return padded_; }  // length of the arrays below
 
   // Constants of each sample's level.
@@ -253,15 +275,11 @@ class Samples {
   const Real* attention() const { return attention_.get(); }
   const Real* weights() const { return weights_; }
 
-  // For corner c of sample i, at corner_index(c, i): attention times corner weight, and the offsets
-  // of the pixel in value and in grad_value. Vectors of samples, corners within: a loop over one
-  // such vector reads all four corners through one pointer.
-  static int64_t corner_index(int c, int64_t i) {
-    return (i / kLanes<Real> * kNumCorners + c) * kLanes<Real> + i % kLanes<Real>;
-  }
-  const Real* corner_weight() const { return corner_weight_.get(); }
-  const Offset* value_offset() const { return value_offset_.get(); }
-  const Offset* grad_offset() const { return grad_offset_.get(); }  // if given grad_rows
+  // Of the last prepare(): it stays as it is during the next one.
+  Prepared prepared() const { return {corner_weight_.get() + half_, value_offset_.get() + half_}; }
+
+  // The offset of the pixel in grad_value, if given grad_rows.
+  const Offset* grad_offset() const { return grad_offset_.get(); }
 
   // How what was given becomes pixels, per sample.
   const AxisTransform<Real>& x() const { return x_; }
@@ -299,22 +317,25 @@ class Samples {
     }
   }
 
-  // Prepares the samples of head m of query q of image b, which set_query() was called for.
+  // Prepares the samples of head m of query q of image b, which set_query() was called for, or
+  // those of all its heads, m being 0.
   void prepare(int64_t b, int64_t q, int64_t m, const Rows& value_rows,
                const Rows* grad_rows = nullptr) {
+    half_ = kNumCorners * padded_ - half_;
     const int64_t head = (b * problem_.num_queries + q) * problem_.num_heads + m;
     const int64_t first_sample = head * problem_.num_samples;
     points_ = given(problem_.points, 2 * (first_sample + begin_), 2 * count_, 2 * padded_,
                     given_points_.get());
     if (problem_.is_fused) {
-      weights_ = softmaxed(b, q, m) + begin_;
+      weights_ = heads_at_once_ > 1 ? softmaxed_heads(b, q) : softmaxed(b, q, m) + begin_;
     } else {
       weights_ =
           given(problem_.weights, first_sample + begin_, count_, padded_, given_weights_.get());
     }
     const int64_t ahead = (head + rows_ahead(problem_)) * problem_.num_samples + begin_;
     prefetch<false>(problem_.points, 2 * ahead, 2 * count_);
-    const int64_t further = problem_.is_fused ? kSoftmaxRows * problem_.num_heads : 0;
+    const int64_t further =
+        problem_.is_fused && heads_at_once_ == 1 ? kSoftmaxRows * problem_.num_heads : 0;
     prefetch<false>(problem_.weights, ahead + further * problem_.num_samples, count_);
     if (problem_.nearest) {
       prepare_nearest(value_rows, grad_rows);
@@ -339,11 +360,13 @@ class Samples {
     return buffer;
   }
 
-  void set_level(int64_t i, int64_t l, const Level& level) {
+  // head_offset: from the first of the heads at once to that of this sample, in bytes.
+  void set_sample(int64_t i, int64_t l, const Level& level, int64_t head_offset) {
     width_[i] = Real(level.width);
     height_[i] = Real(level.height);
     map_width_[i] = Offset(level.width);
     level_start_[i] = Offset(level.start);
+    head_offset_[i] = Offset(head_offset);
     reference_index_[i] = index_t<Real>(l * problem_.reference_size);
   }
 
@@ -388,11 +411,29 @@ class Samples {
     return softmaxed_.get() + (q - softmaxed_begin_) * softmax_stride_;
   }
 
+  // The same of all heads of one query, next to each other.
+  const Real* softmaxed_heads(int64_t b, int64_t q) {
+    const int64_t M = problem_.num_heads, K = problem_.num_samples;
+    const int64_t first_head = (b * problem_.num_queries + q) * M;
+    Real* const weights = given_weights_.get();
+    for (int64_t m = 0; m < M; m += kSoftmaxRows) {
+      const int64_t rows = M - m < kSoftmaxRows ? M - m : kSoftmaxRows;
+      for (int64_t r = 0; r < rows; ++r) {
+        read(problem_.weights, (first_head + m + r) * K, K, softmaxed_.get() + r * softmax_stride_);
+      }
+      softmax(softmaxed_.get(), rows, softmax_stride_, K);
+      for (int64_t r = 0; r < rows; ++r) {
+        convert(softmaxed_.get() + r * softmax_stride_, weights + (m + r) * K, K);
+      }
+    }
+    return weights;
+  }
+
   // The buffers as plain pointers, which the compiler can keep in registers: stores might otherwise
   // be taken to change the members.
   struct Pointers {
     const Real *points, *weights, *width, *height;
-    const Offset *map_width, *level_start;
+    const Offset *map_width, *level_start, *head_offset;
     Real *corner_weight, *fx, *fy, *attention;
     index_t<Real>* corners;
     Offset *key, *value_offset, *grad_offset;
@@ -405,13 +446,14 @@ class Samples {
             height_.get(),
             map_width_.get(),
             level_start_.get(),
-            corner_weight_.get(),
+            head_offset_.get(),
+            corner_weight_.get() + half_,
             fx_.get(),
             fy_.get(),
             attention_.get(),
             corners_.get(),
             key_.get(),
-            value_offset_.get(),
+            value_offset_.get() + half_,
             grad_offset_.get()};
   }
 
@@ -504,16 +546,19 @@ class Samples {
       if (keep_keys) store_as(p.key + j, key);
       const Corners<Vec<Offset>> wide{widen<Offset>(read.nw, part), widen<Offset>(read.ne, part),
                                       widen<Offset>(read.sw, part), widen<Offset>(read.se, part)};
-      store_offsets(p.value_offset, j, key, map_width, wide, value_rows);
-      if (grad_rows) store_offsets(p.grad_offset, j, key, map_width, wide, *grad_rows);
+      const Vec<Offset> head = load_as<Vec<Offset>>(p.head_offset + j);
+      store_offsets(p.value_offset, j, key, map_width, head, wide, value_rows);
+      if (grad_rows) {
+        store_offsets(p.grad_offset, j, key, map_width, Vec<Offset>{}, wide, *grad_rows);
+      }
     }
   }
 
   void store_offsets(Offset* offsets, int64_t i, Vec<Offset> key, Vec<Offset> map_width,
-                     const Corners<Vec<Offset>>& read, const Rows& rows) {
+                     Vec<Offset> head, const Corners<Vec<Offset>>& read, const Rows& rows) {
     const Offset stride = Offset(rows.key_stride);
     const Vec<Offset> nowhere = broadcast(Offset(rows.nowhere));
-    const Vec<Offset> north = (key - Offset(rows.first_key)) * stride;
+    const Vec<Offset> north = (key - Offset(rows.first_key)) * stride + head;
     const Vec<Offset> south = north + map_width * stride;
     store_as(offsets + corner_index(kNw, i), read.nw ? north : nowhere);
     store_as(offsets + corner_index(kNe, i), read.ne ? north + stride : nowhere);
@@ -529,19 +574,20 @@ class Samples {
         if ((corners_[i] >> c & 1) == 0) continue;
         if (mask[key_[i] + c % 2 + c / 2 * map_width_[i]] == 0) continue;
         corners_[i] &= ~(index_t<Real>(1) << c);
-        corner_weight_[corner_index(c, i)] = 0;  // it may be NaN
-        value_offset_[corner_index(c, i)] = Offset(value_rows.nowhere);
+        corner_weight_[half_ + corner_index(c, i)] = 0;  // it may be NaN
+        value_offset_[half_ + corner_index(c, i)] = Offset(value_rows.nowhere);
         if (grad_rows) grad_offset_[corner_index(c, i)] = Offset(grad_rows->nowhere);
       }
     }
   }
 
   const Problem& problem_;
+  const int64_t heads_at_once_;
   const bool for_backward_;
   const int64_t first_level_, last_level_;
   const int64_t begin_, count_, padded_, padded_all_;
   Buffer<Real> width_, height_;
-  Buffer<Offset> map_width_, level_start_;
+  Buffer<Offset> map_width_, level_start_, head_offset_;
   Buffer<index_t<Real>> reference_index_;  // of the first number of a sample's level in reference_
   AxisTransform<Real> x_, y_;
   ReferenceTransform<Real> reference_;
@@ -553,6 +599,7 @@ class Samples {
   Buffer<index_t<Real>> corners_;
   Buffer<Offset> value_offset_, grad_offset_;
   Buffer<Real> fx_, fy_, attention_, corner_weight_;
+  int64_t half_ = 0;               // of value_offset_ and corner_weight_: where prepared() begins
   const Real* points_ = nullptr;   // of the current query and head: (padded, 2)
   const Real* weights_ = nullptr;  // likewise: (padded)
 };
