@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from msda.reference import (
 
 _INTERPOLATIONS = ("bilinear", "nearest")
 MAX_INT64 = 2**63 - 1
+
+# Called with the arguments of each call, by name, once they are checked to be tensors.
+observers: list[Callable[[Mapping[str, Any]], None]] = []
 
 
 def ms_deform_attn(
@@ -96,6 +99,14 @@ def ms_deform_attn(
     shapes, shapes_tensor = split_shapes(spatial_shapes)
     counts = as_counts(num_points)
     start_index = as_start_index(level_start_index, shapes)
+    if observers:
+        _observe(
+            value=value,
+            spatial_shapes=spatial_shapes,
+            sampling_locations=sampling_locations,
+            attention_weights=attention_weights,
+            num_points=num_points,
+        )
     if not _has_kernel(value):
         check_arguments(
             value=value,
@@ -187,6 +198,15 @@ def ms_deform_attn_fused(
     shapes, shapes_tensor = split_shapes(spatial_shapes)
     counts = as_counts(num_points)
     start_index = as_start_index(level_start_index, shapes)
+    if observers:
+        _observe(
+            value=value,
+            spatial_shapes=spatial_shapes,
+            reference_points=reference_points,
+            sampling_offsets=sampling_offsets,
+            attention_logits=attention_logits,
+            num_points=num_points,
+        )
     if not _has_kernel(value):
         check_arguments(
             value=value,
@@ -221,6 +241,12 @@ def ms_deform_attn_fused(
         counts,
         padding_mask,
     )
+
+
+def _observe(**arguments: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for observe in observers:
+            observe(arguments)
 
 
 def check_tensor(argument: object, name: str) -> None:

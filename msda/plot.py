@@ -1,4 +1,4 @@
-"""Pictures of where attention looks: record sampling points, and draw them over the image."""
+"""Pictures of where attention looks: sampling points recorded, drawn, or explored in a page."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from msda.integrations.transformers import attention_layers, observers
 from msda.modules import MSDeformAttn
+from msda.page import explore
 from msda.reference import SpatialShapes, locations_and_weights
 
 if TYPE_CHECKING:  # matplotlib is needed to draw, not to record
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+__all__ = ["SamplingRecord", "add_legend", "capture_sampling", "draw_sampling", "explore"]
 
 _PANEL_INCHES = 6.0  # the longer side of a panel
 _MOST_ASPECT = 16  # of a panel; images one pixel wide leave margins in theirs

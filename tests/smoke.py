@@ -5,11 +5,14 @@ computes what the reference computes, and compiles.
 """
 
 import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 
 import msda
+from msda.plot import explore
 from msda.reference import ms_deform_attn_fused_reference
 from msda.testing import TOLERANCES, leaves, make_fused_inputs, relative_error
 
@@ -50,6 +53,10 @@ def main() -> int:
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*arguments), module(*arguments))
     compiled(*arguments).sum().backward()
+
+    with tempfile.TemporaryDirectory() as folder:
+        page = explore(module, torch.rand(8, 8), Path(folder) / "page.html", inputs=arguments)
+        assert page.stat().st_size > 10000
 
     try:
         msda.ms_deform_attn(inputs.value, [(9, 7)], None, query, query)
