@@ -2,7 +2,7 @@
 
 The layer learns to paint hidden blocks of the photo from what surrounds them. Then it is compared
 with plain PyTorch and timed at the paper's scale, and its sampling points are drawn over the photo,
-as in figure 6 of the paper (arXiv 2010.04159).
+as in figure 6 of the paper (arXiv 2010.04159); those of every query, in a page beside the picture.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 import msda
+from msda.plot import explore
 from msda.reference import ms_deform_attn_fused_reference
 from msda.testing import pixel_centres, relative_error
 
@@ -223,11 +224,17 @@ def compare(layer: EncoderLayer, pyramid: tuple, rounds: int) -> None:
                 print(f"{text}, ratio {y / x:.2f}", flush=True)
 
 
+def blocks_of(image: Tensor) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Cells (x, y) of the queries that are drawn, and corners of the hidden blocks around them."""
+    height, width = image.shape[2] // CELL, image.shape[3] // CELL
+    centres = [(int(x * width), int(y * height)) for x, y in QUERIES]
+    return centres, [(max(0, x - BLOCK // 2), max(0, y - BLOCK // 2)) for x, y in centres]
+
+
 def draw(model: Model, photo: Image.Image, image: Tensor, title: str, output: Path) -> None:
     """Draw where a few hidden queries look, one panel each, over the photo painted by the model."""
     height, width = image.shape[2] // CELL, image.shape[3] // CELL
-    centres = [(int(x * width), int(y * height)) for x, y in QUERIES]  # in cells
-    corners = [(max(0, x - BLOCK // 2), max(0, y - BLOCK // 2)) for x, y in centres]
+    centres, corners = blocks_of(image)
     masked, hidden = hide(image, corners)
     chosen = [y * width + x for x, y in centres]
     with torch.no_grad():
@@ -270,17 +277,49 @@ def draw(model: Model, photo: Image.Image, image: Tensor, title: str, output: Pa
     figure.savefig(output, format="png", dpi=100)
 
 
+def write_page(model: Model, photo: Image.Image, image: Tensor, path: Path) -> None:
+    """Let people explore all queries, in the photo as the layer sees it, with the same blocks."""
+    size = torch.tensor([image.shape[3] / CELL, image.shape[2] / CELL])
+    centres, corners = blocks_of(image)
+    masked, _ = hide(image, corners)
+    seen, boxes = photo.copy(), []
+    for corner in corners:
+        start = torch.tensor(corner) / size
+        end = ((torch.tensor(corner) + BLOCK) / size).clamp(max=1)
+        x0, y0, x1, y1 = (torch.cat([start, end]) * torch.tensor(photo.size * 2)).int().tolist()
+        seen.paste("grey", (x0, y0, x1, y1))
+        boxes.append(torch.cat([(start + end) / 2, end - start]))
+    explore(
+        model,
+        seen,
+        path,
+        inputs=(masked, slice(None)),
+        boxes=torch.stack(boxes),
+        box_queries=[y * (image.shape[3] // CELL) + x for x, y in centres],
+        box_labels=[f"hidden block {i + 1}" for i in range(len(centres))],
+        title="Where one encoder layer looks to paint hidden blocks",
+    )
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     option, default = parser.add_argument, "default: %(default)s"
     picture = Path("out/quickstart.png")
     option("--image", type=Path, metavar="PATH", help="a photo; default: one of scikit-learn's")
-    option("--output", type=Path, metavar="PATH", default=picture, help=f"PNG to write; {default}")
+    option(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        default=picture,
+        help=f"PNG to write, and .html; {default}",
+    )
     option("--seed", type=int, default=0, help=f"of weights and hidden blocks; {default}")
     option("--steps", type=int, default=200, help=f"training steps; {default}")
     option("--short-side", type=int, default=800, help=f"pixels of the timed photo; {default}")
     arguments = parser.parse_args()
+    if arguments.output.suffix == ".html":
+        parser.error("--output must be the PNG, got the name of the page that is written beside it")
     if arguments.steps < 0 or arguments.short_side < 64:
         parser.error("--steps must be at least 0 and --short-side at least 64")
     return arguments
@@ -320,6 +359,9 @@ def main() -> None:
     title = f"Where four queries of one encoder layer look, {trained}"
     title += "\nFramed blocks were hidden from the layer, which painted them; each query is in one"
     draw(model, photo, image, title, arguments.output)
+    page = arguments.output.with_suffix(".html")
+    write_page(model, photo, image, page)
+    print(f"Every query, to explore in a browser, is in {page}")
     print(f"The picture is in {arguments.output}")
 
 

@@ -86,7 +86,7 @@ def explore(
         box_labels: (N,) a text for each box; by default its number.
         query: the one shown first, of the last layer. By default that of the first box, or else
             the one whose samples reach the farthest within the image.
-        title: of the page; by default the name of the model's class.
+        title: of the page; by default "Where <the model's class> looks".
         max_megabytes: the most that the file may have, in 10^6 bytes.
 
     Returns:
@@ -132,8 +132,15 @@ def explore(
             raise ValueError(
                 f"query must be one of the {num_queries} of the last layer, got {query}"
             )
+        title = f"Where {type(model).__name__} looks" if title is None else title
         page = _page(
-            calls, picture, valid_ratio, marked, query, title or type(model).__name__, max_megabytes
+            calls,
+            picture,
+            valid_ratio,
+            marked,
+            query,
+            title or f"Where {type(model).__name__} looks",
+            max_megabytes,
         )
         file.write(page)
     return Path(path)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -126,6 +127,38 @@ def test_images_are_predicted_and_drawn_from_end_to_end(tmp_path, images, checkp
         actual = torch.tensor([detection[key] for detection in detections])
         torch.testing.assert_close(actual, expected[name][kept], rtol=0, atol=0.01)
     assert all(detection["name"] == NAMES[detection["label"]] for detection in detections)
+
+
+@pytest.mark.parametrize("threshold", [0.4, 1.0], ids=["detections", "none"])
+def test_the_page_of_explore_has_the_detections_as_boxes(tmp_path, checkpoint, threshold):
+    image, page = tmp_path / "image.png", tmp_path / "where.html"
+    make_image(96, 64).save(image)
+    arguments = [image, "--checkpoint", checkpoint, "--output", tmp_path, "--explore", page]
+    assert run(*arguments, "--threshold", threshold, "--device", "cpu") == 0
+    detections = read_json(tmp_path)["images"][0]["detections"]
+    content = re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1]
+    data = json.loads(content)
+    config = make_model().config
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    assert len(data["layers"]) == layers and data["size"] == [96, 64]
+    assert len(data["boxes"]) == max(1, len(detections))  # the best, where there is no detection
+    for shown, detection in zip(data["boxes"], detections, strict=False):
+        assert shown["query"] == detection["query"]
+        assert shown["label"] == f"{detection['name']} {detection['score']:.2f}"
+        x, y, width, height = shown["box"]
+        corners = [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+        pixels = torch.tensor(corners) * torch.tensor([96.0, 64, 96, 64])
+        torch.testing.assert_close(pixels, torch.tensor(detection["box"]), rtol=0, atol=0.02)
+
+
+def test_explore_takes_one_image_and_a_place_that_can_be_written(
+    tmp_path, images, checkpoint, capsys
+):
+    arguments = ["--checkpoint", checkpoint, "--output", tmp_path / "out", "--explore"]
+    assert run(images, *arguments, tmp_path / "where.html") == 1
+    assert "error: --explore must come with one image, got 2" in capsys.readouterr().err
+    assert run(images / "frame_10.png", *arguments, tmp_path / "none" / "where.html") == 1
+    assert "error: path must be writable, got " in capsys.readouterr().err
 
 
 def test_a_corrupt_image_is_named_and_left_out_and_makes_the_status_1(

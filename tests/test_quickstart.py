@@ -1,5 +1,6 @@
 """The quickstart runs from end to end, and says in one sentence what is wrong."""
 
+import json
 import re
 import subprocess
 import sys
@@ -33,6 +34,12 @@ def test_quickstart_trains_compares_times_and_draws(tmp_path):
         assert drawn.format == "PNG"
         assert drawn.width >= 1000 and drawn.height >= 500
         assert len(drawn.convert("RGB").getcolors(maxcolors=1 << 24)) > 100
+    page = picture.with_suffix(".html")
+    assert str(page) in result.stdout
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page.read_text(), re.DOTALL)[1])
+    (layer,) = data["layers"]
+    assert layer["isGrid"] and layer["count"] == layer["total"]
+    assert len(data["boxes"]) == 4 and data["start"] == data["boxes"][0]["query"]
 
 
 @pytest.mark.parametrize("content", [None, b"no image"], ids=["missing", "unreadable"])

@@ -2,6 +2,7 @@
 
     python predict.py photo.jpg --checkpoint out/digits/best.pt
     python predict.py frames/ --checkpoint r50_deformable_detr-checkpoint.pth --show-points
+    python predict.py photo.jpg --checkpoint out/digits/best.pt --explore where.html
 
 Exit status 1 if an image could not be read or predicted; the others are done all the same.
 """
@@ -29,6 +30,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from detector.boxes import to_centres
 from detector.checkpoints import Checkpoint, load_model
 from detector.config import add_data_options
 from detector.data.annotations import Findings, key_of, read_annotations
@@ -37,6 +39,7 @@ from detector.data.transforms import normalise, resize
 from detector.drawing import (
     arrange,
     best_queries,
+    describe,
     detect,
     draw_attention,
     draw_detection_points,
@@ -45,7 +48,7 @@ from detector.drawing import (
 )
 from detector.model import DeformableDETR
 from detector.precision import AUTOCAST, autocast
-from msda.plot import SamplingRecord
+from msda.plot import SamplingRecord, explore
 
 OVERRULED = ("exif", "white_level", "max_pixels")
 # What an image can end in once it is read, mostly by taking more memory than there is.
@@ -57,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
         paths = find_images(options.input)
+        if options.explore and len(paths) != 1:
+            raise ValueError(f"--explore must come with one image, got {len(paths)}")
         model, checkpoint = load_model(options.checkpoint)
         if checkpoint.categories is None and options.names:
             known = read_annotations(options.names, need_objects=False)
@@ -67,9 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if options.show_points:
             importlib.import_module("matplotlib")  # before the work, not after it
-        if (options.show_points or options.attention_map) and model.config.attention == "dense":
+        shows_points = options.show_points or options.attention_map or options.explore
+        if shows_points and model.config.attention == "dense":
             raise ValueError(
-                "show_points and attention_map must come with deformable attention, got "
+                "show_points, attention_map and explore must come with deformable attention, got "
                 f"{options.checkpoint}, which is dense"
             )
         given = {name: value for name, value in vars(options).items() if name in OVERRULED}
@@ -130,6 +136,12 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         **last_layer,
     )
     option("--attention-map", help="draw how much it attends to each pixel, likewise", **last_layer)
+    option(
+        "--explore",
+        type=Path,
+        metavar="FILE",
+        help="write an HTML page to see where every layer, head and query of one image samples",
+    )
     option(
         "--short-side",
         type=int,
@@ -228,9 +240,10 @@ def predict(
                     findings.add(f"{{image|images}} {oddity}", [path.name])
                 image = photo.image
                 small, _ = resize(image, torch.zeros(0, 4), options.short_side, options.max_side)
+                pixels = normalise(small).to(device)
                 detected, record = detect(
                     model,
-                    normalise(small).to(device),
+                    pixels,
                     torch.tensor([image.height, image.width]),
                     points=options.show_points > 0 or options.attention_map > 0,
                 )
@@ -252,6 +265,8 @@ def predict(
             name = path.stem if stems[path.stem] == 1 else path.name
             try:
                 save_pictures(image, detected, record, checkpoint.categories, name, options)
+                if options.explore:
+                    write_page(model, image, pixels, detected, checkpoint.categories, path, options)
             except MODEL_ERRORS as error:  # and not OSError: the disk is full for all of them
                 fail("failed", path, "drawn", error)
     finally:  # also of what was done before Ctrl-C
@@ -306,6 +321,29 @@ def save_pictures(
             heat = draw_attention(image, record, int(detected["queries"][i]))
             panels.append(draw_detections(heat, detected, [i], categories, font_share=1 / 28))
         arrange(panels).save(path("attention"))
+
+
+def write_page(
+    model: DeformableDETR,
+    image: Image.Image,
+    pixels: Tensor,
+    detected: dict[str, Tensor],
+    categories: Sequence[str] | None,
+    path: Path,
+    options: argparse.Namespace,
+) -> None:
+    """Write the page of ``--explore``, with the detections, or else the best, as boxes."""
+    kept = (detected["scores"] >= options.threshold).nonzero()[:, 0].tolist() or [0]
+    explore(
+        model,
+        image,
+        options.explore,
+        inputs=pixels[None],
+        boxes=to_centres(detected["boxes"][kept]) / torch.tensor(image.size * 2),
+        box_queries=detected["queries"][kept].tolist(),
+        box_labels=describe(detected, kept, categories),
+        title=f"Where the detector looks in {path.name}",
+    )
 
 
 if __name__ == "__main__":
