@@ -1,7 +1,7 @@
 # The commands of the README. Each works alone, from a fresh clone.
 #
 #   make demo        build, then train the detector of examples/ on digits, evaluate it and draw its work
-#   make quickstart  build, then train one encoder layer on a real photograph
+#   make quickstart  build, then train one encoder layer on a real photograph, and draw where it looks
 #   make test        build, then run the whole test suite
 #   make bench       build, then run every benchmark of the README, but for the next (an hour)
 #   make convergence build, then compare training with deformable and dense attention (an hour)
