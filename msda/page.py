@@ -100,7 +100,8 @@ def explore(
         OSError: ``image`` cannot be read, or ``path`` cannot be written.
 
     Example:
-        >>> attention = msda.MSDeformAttn(d_model=32, n_levels=2, n_heads=4, n_points=3)
+        >>> from msda import MSDeformAttn
+        >>> attention = MSDeformAttn(d_model=32, n_levels=2, n_heads=4, n_points=3)
         >>> query, points = torch.rand(1, 10, 32), torch.rand(1, 10, 2, 2)
         >>> inputs = (query, points, torch.rand(1, 60, 32), [(6, 8), (3, 4)])
         >>> explore(attention, torch.rand(3, 60, 80), "where.html", inputs=inputs).name
