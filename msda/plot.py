@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from msda.integrations.transformers import attention_layers, observers
+from msda.forms import observers
 from msda.modules import MSDeformAttn
 from msda.page import explore
+from msda.patching import attention_layers
 from msda.reference import SpatialShapes, locations_and_weights
 
 if TYPE_CHECKING:  # matplotlib is needed to draw, not to record
@@ -38,7 +39,7 @@ class SamplingRecord:
 
     Letters as in :func:`msda.ms_deform_attn`. Tensors are detached, on the device of the module;
     locations and weights are float32, or float64 in a float64 module, as inside the operator. What
-    a transformers model computes in 16 bits is recorded as it is, in float32.
+    another model computes in 16 bits is recorded as it is, in float32.
 
     Attributes:
         name: of the module, as in ``model.named_modules()``.
@@ -64,8 +65,8 @@ class SamplingRecord:
 def capture_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
     """Record every call of every attention layer in a model, without changing its code.
 
-    Layers are each :class:`msda.MSDeformAttn`, and those of a transformers model after
-    :func:`msda.integrations.transformers.use_msda`.
+    Layers are each :class:`msda.MSDeformAttn`, and those of any model after
+    :func:`msda.use_msda`.
 
     Works through forward hooks, which are removed at the end of the block, also after an exception.
     Records come in the order of the calls, over as many forwards as there are, with or without
@@ -100,7 +101,7 @@ def capture_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
     if not modules and not layers:
         raise ValueError(
             "model must contain an msda.MSDeformAttn or attention patched by "
-            f"msda.integrations.transformers.use_msda, got a {type(model).__name__} without"
+            f"msda.use_msda, got a {type(model).__name__} without"
         )
     samples: list[SamplingRecord] = []
     with contextlib.ExitStack() as stack:
@@ -287,7 +288,7 @@ def _record_calls(
 def _record_cores(
     name: str, layer: nn.Module, samples: list[SamplingRecord]
 ) -> list[RemovableHandle]:
-    """The same for a layer whose core `msda.integrations.transformers` replaced."""
+    """The same for a layer whose core :func:`msda.use_msda` replaced."""
     signature = inspect.signature(layer.forward)
     latest: list[tuple[Any, ...]] = []  # what the core got in the call in progress
 

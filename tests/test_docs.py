@@ -1,11 +1,14 @@
 """What the README and the pages of docs show runs as it stands there."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import msda
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -35,8 +38,10 @@ def code_of(page):
 def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
     code = code_of(page)
     assert code, "a page shows how to use what it is about"
-    # As somebody who pastes it, in a folder of their own; the detector is imported from its own.
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "examples" / "deformable_detr"))
+    # As somebody who pastes it, in a folder of their own; the detector is imported from its own,
+    # and the package is the one under test, whichever is installed.
+    folders = [ROOT / "examples" / "deformable_detr", Path(msda.__file__).parents[1]]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, folders)))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     program = f"exec(compile({code!r}, {str(page)!r}, 'exec'))"
     run = subprocess.run(

@@ -12,7 +12,7 @@ from torch import nn
 
 import msda
 from conftest import assert_close, assert_same_bits, plain_pytorch
-from msda.integrations import transformers as integration
+from msda import forms
 from msda.integrations.transformers import undo, use_msda
 from msda.plot import capture_sampling, draw_sampling
 from msda.testing import Inputs
@@ -345,7 +345,7 @@ class Calls(dict):
 def calls(monkeypatch):
     """Arguments of each call of ours, and a mark for each call of theirs."""
     made = Calls()
-    ours, theirs = integration.ms_deform_attn, F.grid_sample
+    ours, theirs = forms.ms_deform_attn, F.grid_sample
 
     def counted(*args, **options):
         made["ours"].append(args)
@@ -355,7 +355,7 @@ def calls(monkeypatch):
         made["theirs"].append(None)
         return theirs(*args, **options)
 
-    monkeypatch.setattr(integration, "ms_deform_attn", counted)
+    monkeypatch.setattr(forms, "ms_deform_attn", counted)
     monkeypatch.setattr(F, "grid_sample", grid_sample)
     return made
 
@@ -564,7 +564,7 @@ def test_where_a_patched_model_samples_is_recorded_and_drawn(family, calls):
     forward(model, inputs)  # not recorded any more
     assert [record.name for record in samples] == layers
     assert [record.name for record in again] == layers
-    assert integration.observers.get() == ()
+    assert forms.observers.get() == ()
     for record, arguments in zip(samples, calls["ours"], strict=False):
         _, shapes, _, locations, weights = arguments
         assert record.sampling_locations.equal(locations)
@@ -587,7 +587,7 @@ def test_a_forward_that_fails_is_not_recorded():
     with capture_sampling(layer) as samples:
         with pytest.raises((RuntimeError, ValueError)):
             layer(**wrong)
-        assert integration.observers.get() == ()
+        assert forms.observers.get() == ()
         layer(**arguments)
     assert len(samples) == 1
 
@@ -756,7 +756,7 @@ def test_a_core_alone_is_patched_and_recorded(calls):
     [
         (lambda: nn.Linear(2, 2), "^model must contain .* attention core, got a Sequential"),
         (Attention, "^1 must contain .* attention core, got a Attention in which none"),
-        (CallsUnknown, r"^with_sizes must take \(value, .*, got \(value, sizes, "),
+        (CallsUnknown, r"^with_sizes of 1 must take \(value, .*, got \(value, sizes, "),
         (CallsStretched, "^stretched of 1 must compute .* got a different output"),
         (CallsDetached, "^detached of 1 must compute .* different gradient of sampling_locations"),
         (lambda: HasCore(Doubled()), r"^forward of 1\.inner must compute .* different output"),
@@ -798,7 +798,13 @@ def test_an_unknown_method_of_interpolation_is_refused():
     layer, arguments = make_layer("rt_detr_v2")
     layer.method = "cubic"
     with pytest.raises(ValueError, match=r"^method must be one of .* got 'cubic'"):
-        use_msda(layer)(**arguments)
+        use_msda(layer)
+    layer.method = "default"
+    use_msda(layer)(**arguments)
+    layer.method = "discrete"
+    message = r"^method must be one of \('default',\), for which use_msda compared .*'discrete'"
+    with pytest.raises(ValueError, match=message):
+        layer(**arguments)
 
 
 def test_our_own_module_needs_no_patch():
