@@ -6,6 +6,7 @@
 - ``import MultiScaleDeformableAttention`` (Deformable DETR, DINO, Mask2Former and their kin),
   ``groundingdino._C``, ``detrex._C`` and ``mmcv._ext`` hold :func:`ms_deform_attn_forward` and
   :func:`ms_deform_attn_backward` where the library's own extension is missing or does not load;
+- ``DCNv4.ext`` holds :func:`flash_deform_attn_forward` and :func:`flash_deform_attn_backward`;
 - ``multi_scale_deformable_attn_pytorch``, which mmcv, Grounding DINO and detrex run on a CPU, is
   :func:`msda.ms_deform_attn`.
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import dataclasses
 import functools
 import importlib
 import importlib.machinery
@@ -35,11 +37,14 @@ import torch
 from torch import Tensor
 
 from msda.functional import _has_kernel, ms_deform_attn, split_shapes
+from msda.patching import CallCounter
 from msda.reference import SpatialShapes
 
 __all__ = [
     "Entry",
     "Report",
+    "flash_deform_attn_backward",
+    "flash_deform_attn_forward",
     "install",
     "ms_deform_attn_backward",
     "ms_deform_attn_forward",
@@ -192,8 +197,104 @@ def _mmcv_backward(
         given.copy_(gradient)
 
 
-def _other_function_of_mmcv(name: str) -> Callable[..., Any]:
-    """What the stand-in for ``mmcv._ext`` holds under all other names.
+def flash_deform_attn_forward(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Tensor | None,
+    sampling_loc_attn: Tensor,
+    im2col_step: int,
+    K: int,  # its name there
+    d_stride: int = 8,
+    block_thread: int = 0,
+) -> Tensor:
+    """Compute what DCNv4's FlashDeformAttn does, recording no graph.
+
+    Args:
+        value: (B, S, M, D) as in :func:`ms_deform_attn_forward`.
+        spatial_shapes: (L, 2) rows (height, width).
+        level_start_index: (L,) or None.
+        sampling_loc_attn: (B, Q, M, L * K * 3) the locations (x, y), 0..1, of all L * K samples of
+            a head, level by level, and after them their L * K logits, before the softmax. Any of
+            the four dtypes; the softmax is computed in float32 (float64 for float64 values).
+        im2col_step: accepted and ignored, as are ``d_stride`` and ``block_thread``, by which the
+            original tunes its launch.
+        K: points on each level; any number.
+        d_stride: ignored.
+        block_thread: ignored.
+
+    Returns:
+        (B, Q, M * D) in the dtype of ``value``.
+
+    Raises:
+        RuntimeError: as :func:`ms_deform_attn_forward`.
+        ValueError: the last axis of ``sampling_loc_attn`` is no L * K * 3.
+    """
+    with torch.no_grad():
+        locations, weights = _unpacked(value, spatial_shapes, sampling_loc_attn, K)
+        return ms_deform_attn(value, spatial_shapes, level_start_index, locations, weights)
+
+
+def flash_deform_attn_backward(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Tensor | None,
+    sampling_loc_attn: Tensor,
+    grad_output: Tensor,
+    im2col_step: int,
+    K: int,
+    d_stride: int = 2,
+    block_thread: int = 0,
+) -> list[Tensor]:
+    """Compute the gradients of :func:`flash_deform_attn_forward`.
+
+    Args:
+        value: as in :func:`flash_deform_attn_forward`; so are those not named here.
+        spatial_shapes: (L, 2).
+        level_start_index: (L,) or None.
+        sampling_loc_attn: (B, Q, M, L * K * 3).
+        grad_output: (B, Q, M * D) in the dtype of ``value``, contiguous or not.
+        im2col_step: accepted and ignored.
+        K: points on each level.
+        d_stride: ignored.
+        block_thread: ignored.
+
+    Returns:
+        Gradients of ``value`` and ``sampling_loc_attn``, each like its input.
+
+    Raises:
+        RuntimeError, ValueError: as :func:`flash_deform_attn_forward`.
+    """
+    with torch.no_grad():
+        locations, weights = _unpacked(value, spatial_shapes, sampling_loc_attn, K)
+        grad_value, grad_locations, grad_weights = ms_deform_attn_backward(
+            value, spatial_shapes, level_start_index, locations, weights, grad_output, im2col_step
+        )
+        # Through the softmax over all samples of a head.
+        products = weights * grad_weights
+        grad_logits = products - weights * products.sum((3, 4), keepdim=True)
+        grad_packed = torch.cat([grad_locations.flatten(3), grad_logits.flatten(3)], -1)
+    return [grad_value, grad_packed.to(sampling_loc_attn.dtype)]
+
+
+def _unpacked(
+    value: Tensor, spatial_shapes: SpatialShapes, packed: Tensor, num_points: int
+) -> tuple[Tensor, Tensor]:
+    """Locations (B, Q, M, L, P, 2) and weights (B, Q, M, L, P), in float32 or float64."""
+    num_levels = len(spatial_shapes)
+    num_samples = num_levels * num_points
+    if packed.dim() != 4 or packed.shape[3] != 3 * num_samples:
+        raise ValueError(
+            "sampling_loc_attn must have shape (B, Q, M, L * K * 3) with "
+            f"L * K * 3 = {3 * num_samples}, got {tuple(packed.shape)}"
+        )
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    locations, logits = packed.to(wide).split([2 * num_samples, num_samples], -1)
+    weights = logits.softmax(-1).unflatten(-1, (num_levels, num_points))
+    return locations.unflatten(-1, (num_levels, num_points, 2)), weights
+
+
+def _other_function_of(module: str, name: str) -> Callable[..., Any]:
+    """What the stand-in for a library's extension holds under all other names.
 
     ``mmcv.ops`` looks up all its functions when it is imported, and calls these two when a program
     prints its environment.
@@ -205,8 +306,9 @@ def _other_function_of_mmcv(name: str) -> Callable[..., Any]:
         if name in ("get_compiler_version", "get_compiling_cuda_version"):
             return "not compiled"
         raise NotImplementedError(
-            f"mmcv._ext.{name} must come from mmcv's compiled extension, which is not installed: "
-            "msda.drop_in provides the functions of multi-scale deformable attention alone"
+            f"{module}.{name} must come from {module.partition('.')[0]}'s compiled extension, "
+            "which is not installed: msda.drop_in provides the functions of multi-scale "
+            "deformable attention alone"
         )
 
     return answer
@@ -243,8 +345,35 @@ _MMCV: _Functions = {
 }
 _CORE: _Functions = {"multi_scale_deformable_attn_pytorch": multi_scale_deformable_attn_pytorch}
 
+_FLASH: _Functions = {
+    "flash_deform_attn_forward": flash_deform_attn_forward,
+    "flash_deform_attn_backward": flash_deform_attn_backward,
+}
+
+_calls: dict[str, CallCounter] = {}  # of functions, by the module that holds them
+
+
+def _counted(place: _Place) -> _Place:
+    """The same place with functions of its own, which count their calls."""
+
+    def count(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            output = function(*args, **kwargs)
+            if not torch.compiler.is_compiling():
+                if place.module not in _calls:
+                    _calls.setdefault(place.module, CallCounter())
+                _calls[place.module].add()
+            return output
+
+        return counted
+
+    functions = {name: count(function) for name, function in place.functions.items()}
+    return dataclasses.replace(place, functions=functions)
+
+
 _PLACES = {
-    place.module: place
+    place.module: _counted(place)
     for place in (
         _Place("MultiScaleDeformableAttention", _ORIGINAL),
         _Place("mmcv._ext", _MMCV),
@@ -256,9 +385,13 @@ _PLACES = {
         _Place("grounding_dino.groundingdino.models.GroundingDINO.ms_deform_attn", _CORE, "_C"),
         _Place("detrex._C", _ORIGINAL),
         _Place("detrex.layers.multi_scale_deform_attn", _CORE, "_C"),
+        _Place("DCNv4.ext", _FLASH),
     )
 }
 
+
+# Extensions from which libraries take more than this operator.
+_WITH_OTHER_FUNCTIONS = ("mmcv._ext", "DCNv4.ext")
 
 # ---- putting it there ----------------------------------------------------------------------------
 
@@ -357,8 +490,8 @@ class _Loader(Loader):
 def _make_stand_in(module: ModuleType, place: _Place) -> None:
     module.__doc__ = "Multi-scale deformable attention, by msda.drop_in."
     vars(module).update(place.functions)
-    if place.functions is _MMCV:
-        vars(module)["__getattr__"] = _other_function_of_mmcv
+    if place.module in _WITH_OTHER_FUNCTIONS:
+        vars(module)["__getattr__"] = functools.partial(_other_function_of, place.module)
     _stand_ins[place.module] = module
     _undo.append(functools.partial(_remove, module, place))
 
@@ -429,6 +562,7 @@ def uninstall() -> None:
         sys.meta_path.remove(_FINDER)
     while _undo:
         _undo.pop()()
+    _calls.clear()
 
 
 # ---- saying so -----------------------------------------------------------------------------------
@@ -441,16 +575,20 @@ class Entry:
     Attributes:
         module: its full name.
         functions: the names of the functions in question.
-        status: "in place": they are msda's; "on import": they will be, once the program imports
+        status: "provided": they are msda's; "on import": they will be, once the program imports
             the module; "left alone": they are the library's own; "absent": there is no such
             library.
         reason: why, in a few words.
+        calls: how often they ran since :func:`install`, forward and backward each for one; compiled
+            code does not count. Functions that are provided and never used: the library runs
+            something else.
     """
 
     module: str
     functions: tuple[str, ...]
     status: str
     reason: str
+    calls: int = 0
 
     @property
     def library(self) -> str:
@@ -464,7 +602,12 @@ class Report(list[Entry]):
     def __str__(self) -> str:
         present = [entry for entry in self if entry.status != "absent"]
         width = max((len(entry.module) for entry in present), default=0)
-        lines = [f"{entry.module:{width}}  {entry.status:10}  {entry.reason}" for entry in present]
+        lines = [
+            f"{entry.module:{width}}  {entry.status:10}  "
+            + f"used {entry.calls} times; " * (entry.status == "provided")
+            + entry.reason
+            for entry in present
+        ]
         libraries = {entry.library for entry in present}
         absent = dict.fromkeys(e.library for e in self if e.library not in libraries)
         return "\n".join([*lines, f"not installed: {', '.join(absent)}"] if absent else lines)
@@ -478,7 +621,13 @@ def report() -> Report:
     Nothing is imported for it: whether an extension loads is known once the program imported it.
     """
     return Report(
-        Entry(place.module, tuple(place.functions), *_status(place)) for place in _PLACES.values()
+        Entry(
+            place.module,
+            tuple(place.functions),
+            *_status(place),
+            calls=_calls[place.module].total() if place.module in _calls else 0,
+        )
+        for place in _PLACES.values()
     )
 
 
@@ -508,18 +657,18 @@ def _status(place: _Place) -> tuple[str, str]:
 
 def _status_of_loaded(place: _Place, module: ModuleType) -> tuple[str, str]:
     if place.module in _stand_ins:
-        return "in place", _import_errors.get(place.module, f"no {place.module} is installed")
+        return "provided", _import_errors.get(place.module, f"no {place.module} is installed")
     origin = getattr(module, "__file__", None) or "what the program put there"
     if any(getattr(module, name, None) is not ours for name, ours in place.functions.items()):
         return "left alone", f"{origin} is loaded"
     if place.compiled:
-        return "in place", f"in {origin}"
+        return "provided", f"in {origin}"
     if not hasattr(module, str(place.extension)):
-        return "in place", (
+        return "provided", (
             f"{_names(place)}; the module has no {place.extension}, because it was imported before "
             "msda.drop_in"
         )
-    return "in place", _names(place)
+    return "provided", _names(place)
 
 
 def _names(place: _Place) -> str:

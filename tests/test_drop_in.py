@@ -20,7 +20,14 @@ from msda.reference import ms_deform_attn_reference
 from msda.testing import make_inputs
 
 SHAPES = [(5, 7), (3, 2)]
-LIBRARIES = ("MultiScaleDeformableAttention", "groundingdino", "detrex", "mmcv", "research")
+LIBRARIES = (
+    "MultiScaleDeformableAttention",
+    "groundingdino",
+    "detrex",
+    "mmcv",
+    "DCNv4",
+    "research",
+)
 
 # What the libraries are made of, as far as the operator goes.
 WRAPPER = """
@@ -111,6 +118,26 @@ MMCV = """
     ):
         return "slow"
 """
+FLASH = """
+    import torch
+    from DCNv4 import ext
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value, shapes, start, packed, step, num_points):
+            ctx.options = step, num_points
+            ctx.save_for_backward(value, shapes, start, packed)
+            return ext.flash_deform_attn_forward(
+                value, shapes, start, packed, step, num_points, 8, 512
+            )
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            grad_value, grad_packed = ext.flash_deform_attn_backward(
+                *ctx.saved_tensors, grad_output.contiguous(), *ctx.options, 2, 256
+            )
+            return grad_value, None, None, grad_packed, None, None
+"""
 PACKAGES = {
     "research/attention.py": RESEARCH,
     "groundingdino/models/GroundingDINO/ms_deform_attn.py": GROUNDING_DINO,
@@ -118,6 +145,7 @@ PACKAGES = {
     "mmcv/utils/ext_loader.py": MMCV_LOADER,
     "mmcv/ops/__init__.py": MMCV_OPS,
     "mmcv/ops/multi_scale_deform_attn.py": MMCV,
+    "DCNv4/functions/flash.py": FLASH,
 }
 USERS = {
     "research": "research.attention",
@@ -361,7 +389,7 @@ def test_the_report_says_what_was_patched_and_imports_nothing(drop_in, libraries
     report = drop_in.install()
     assert not any(name.partition(".")[0] in LIBRARIES[1:] for name in sys.modules)
     expected = {
-        "MultiScaleDeformableAttention": "in place",
+        "MultiScaleDeformableAttention": "provided",
         "mmcv._ext": "on import",
         "mmcv.ops.multi_scale_deform_attn": "on import",
         "groundingdino._C": "on import",
@@ -370,18 +398,19 @@ def test_the_report_says_what_was_patched_and_imports_nothing(drop_in, libraries
         "grounding_dino.groundingdino.models.GroundingDINO.ms_deform_attn": "absent",
         "detrex._C": "on import",
         "detrex.layers.multi_scale_deform_attn": "on import",
+        "DCNv4.ext": "on import",
     }
     assert status(report) == expected
-    for user in USERS.values():
+    for user in [*USERS.values(), "DCNv4.functions.flash"]:
         importlib.import_module(user)
     patched = drop_in.report()
     assert status(patched) == {
-        name: "in place" if before == "on import" else before for name, before in expected.items()
+        name: "provided" if before == "on import" else before for name, before in expected.items()
     }
     printed = str(patched).splitlines()
-    assert len(printed) == 8
+    assert len(printed) == 9
     assert printed[0] == (
-        f"{'MultiScaleDeformableAttention':49}  in place    "
+        f"{'MultiScaleDeformableAttention':49}  provided    used 0 times; "
         "no MultiScaleDeformableAttention is installed"
     )
     assert printed[-1] == "not installed: grounding_dino"
@@ -413,7 +442,8 @@ def test_a_library_imported_before_is_patched_and_the_report_names_what_it_misse
     with pytest.warns(UserWarning, match="no compiled operator"):
         user = importlib.import_module(USERS["groundingdino"])
     report = drop_in.install()
-    assert user.multi_scale_deformable_attn_pytorch is drop_in.multi_scale_deformable_attn_pytorch
+    ours = user.multi_scale_deformable_attn_pytorch.__wrapped__
+    assert ours is drop_in.multi_scale_deformable_attn_pytorch
     assert "has no _C, because it was imported before" in reason(report, user.__name__)
 
 
@@ -422,6 +452,89 @@ def test_an_import_error_of_a_library_itself_is_its_own(drop_in, write):
     drop_in.install()
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         importlib.import_module(USERS["detrex"])
+
+
+# ---- how often they are used ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("library", USERS)
+def test_the_report_counts_what_was_used(drop_in, libraries, library):
+    drop_in.install()
+    user = importlib.import_module(USERS[library])
+    arguments = problem()
+    Attention = user.Attention
+    Attention.apply(*arguments, 64).sum().backward()
+    Attention.apply(*arguments, 64)
+    counts = {entry.module: entry.calls for entry in drop_in.report() if entry.calls}
+    extension = {
+        "research": "MultiScaleDeformableAttention",
+        "groundingdino": "groundingdino._C",
+        "detrex": "detrex._C",
+        "mmcv": "mmcv._ext",
+    }[library]
+    assert counts == {extension: 3}  # a backward is one, too
+    assert "used 3 times; no " in str(drop_in.report())
+    # What a bare `except` of the library would hide does not count.
+    with pytest.raises(RuntimeError):
+        Attention.apply(arguments[0][:, :-1], *arguments[1:], 64)
+    assert {entry.module: entry.calls for entry in drop_in.report() if entry.calls} == counts
+    drop_in.uninstall()
+    assert not any(entry.calls for entry in drop_in.report())
+
+
+# ---- DCNv4 ---------------------------------------------------------------------------------------
+
+
+def flash_definition(value, shapes, packed, num_points):
+    """Of each head's axis, two thirds are locations and one third logits, level by level."""
+    num_samples = len(shapes) * num_points
+    locations = packed[..., : 2 * num_samples].unflatten(-1, (len(shapes), num_points, 2))
+    weights = packed[..., 2 * num_samples :].softmax(-1).unflatten(-1, (len(shapes), num_points))
+    return ms_deform_attn_reference(value, shapes, None, locations, weights)
+
+
+@pytest.mark.parametrize("num_points", [1, 3, 8])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16],
+    ids=["float64", "float32", "float16", "bfloat16"],
+)
+def test_dcnv4s_attention_agrees_with_its_definition(drop_in, libraries, device, dtype, num_points):
+    drop_in.install()
+    attention = importlib.import_module("DCNv4.functions.flash").Attention
+    value, shapes, start, locations, _ = problem(
+        dtype, dtype, device, batch=3, num_points=num_points
+    )
+    logits = 2 * torch.randn(3, 5, 2, 2 * num_points, device=device)
+    packed = torch.cat([locations.detach().flatten(3), logits.to(dtype)], -1).requires_grad_()
+    output = attention.apply(value, shapes, start, packed, 64, num_points)
+    grad_output = torch.randn(3, 5, 8, device=device).to(dtype)
+    gradients = torch.autograd.grad(output, (value, packed), grad_output)
+
+    leaves = [tensor.detach().double().cpu().requires_grad_() for tensor in (value, packed)]
+    expected = flash_definition(leaves[0], SHAPES, leaves[1], num_points)
+    exact = torch.autograd.grad(expected, leaves, grad_output.double().cpu())
+    split = [4 * num_points, 2 * num_points]
+    # The gradients of locations and of logits are of different sizes: each by itself.
+    ours = (output, gradients[0], *gradients[1].split(split, -1))
+    theirs = (expected, exact[0], *exact[1].split(split, -1))
+    for result, reference in zip(ours, theirs, strict=True):
+        assert result.dtype == dtype
+        assert_close(result, reference)
+
+
+def test_dcnv4s_packed_axis_is_checked_and_its_convolution_is_named(drop_in, libraries):
+    drop_in.install()
+    extension = importlib.import_module("DCNv4.functions.flash").ext
+    value, shapes, start, _, _ = problem()
+    message = r"^sampling_loc_attn must have shape .* L \* K \* 3 = 18, got \(7, 5, 2, 17\)"
+    for function, more in (("forward", ()), ("backward", (torch.rand(7, 5, 8),))):
+        with pytest.raises(ValueError, match=message):
+            getattr(extension, f"flash_deform_attn_{function}")(
+                value, shapes, start, torch.rand(7, 5, 2, 17), *more, 64, 3, 8, 512
+            )
+    with pytest.raises(NotImplementedError, match=r"^DCNv4\.ext\.dcnv4_forward must come from"):
+        extension.dcnv4_forward(value)
 
 
 # ---- extensions that are there -------------------------------------------------------------------
@@ -443,10 +556,10 @@ def test_a_real_extension_is_replaced_only_when_asked(drop_in, write, name, load
     assert type(module.__loader__).__module__ != "msda.drop_in"
 
     report = drop_in.install(overwrite=True)
-    assert status(report)[name] == "in place"
+    assert status(report)[name] == "provided"
     assert str(path) in reason(report, name)
-    assert module.ms_deform_attn_forward is drop_in.ms_deform_attn_forward
-    assert module.ms_deform_attn_backward is drop_in.ms_deform_attn_backward
+    assert module.ms_deform_attn_forward.__wrapped__ is drop_in.ms_deform_attn_forward
+    assert module.ms_deform_attn_backward.__wrapped__ is drop_in.ms_deform_attn_backward
     assert module.something_else() == "kept"
 
     drop_in.uninstall()
@@ -458,7 +571,7 @@ def test_a_real_extension_is_replaced_on_import_when_asked_before(drop_in, write
     write({"detrex/_C.py": REAL})
     assert status(drop_in.install(overwrite=True))["detrex._C"] == "on import"
     module = importlib.import_module("detrex._C")
-    assert module.ms_deform_attn_forward is drop_in.ms_deform_attn_forward
+    assert module.ms_deform_attn_forward.__wrapped__ is drop_in.ms_deform_attn_forward
     assert module.something_else() == "kept"
 
 
@@ -478,9 +591,9 @@ def test_an_extension_that_does_not_load_is_replaced_and_the_report_says_why(
     path = write({file: content * 100 if suffix != ".py" else content}) / file
     assert status(drop_in.install())[name] == "left alone"
     module = importlib.import_module(name)
-    assert module.ms_deform_attn_forward is drop_in.ms_deform_attn_forward
+    assert module.ms_deform_attn_forward.__wrapped__ is drop_in.ms_deform_attn_forward
     report = drop_in.report()
-    assert status(report)[name] == "in place"
+    assert status(report)[name] == "provided"
     assert module.__spec__.origin == "msda.drop_in"
     text = reason(report, name)
     assert text.startswith(f"importing {path} failed: ")
@@ -524,7 +637,9 @@ def test_a_script_runs_as_with_python_and_so_do_the_processes_it_spawns(write):
         "msda.drop_in",
         None,
     ]
-    assert done.stderr.splitlines()[0].startswith("MultiScaleDeformableAttention  in place")
+    assert done.stderr.splitlines()[0].startswith(
+        "MultiScaleDeformableAttention  provided    used 0 times"
+    )
 
 
 @pytest.fixture
@@ -561,13 +676,12 @@ def test_a_module_runs_as_with_python_and_keeps_its_error(drop_in, write, as_mai
 def test_without_a_program_it_loads_the_extensions_and_prints_the_report(drop_in, write, capsys):
     write({"detrex/_C.py": REAL, "groundingdino/_C.py": "import no_such_module"})
     assert drop_in.main([]) == 0
-    printed = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines()]
-    assert [words[:3] for words in printed[1:3]] == [
-        ["groundingdino._C", "in", "place"],
-        ["detrex._C", "left", "alone"],
-    ]
-    assert "no_such_module" in printed[1][3]
-    assert printed[2][3].endswith("_C.py is loaded")
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].startswith(
+        "groundingdino._C               provided    used 0 times; importing"
+    )
+    assert "no_such_module" in printed[1]
+    assert re.match(r"detrex\._C +left alone  .*_C\.py is loaded$", printed[2])
 
 
 def test_a_program_that_is_not_there_is_refused(drop_in, capsys):
