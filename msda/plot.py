@@ -333,7 +333,7 @@ def _require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError("msda.plot draws with matplotlib: pip install 'msda[plot]'") from error
+        raise ImportError("msda.plot draws with matplotlib: pip install matplotlib") from error
 
 
 def _figure_of(axes: Axes) -> Figure:

@@ -1,4 +1,4 @@
-"""What the README and the pages of docs show runs as it stands there."""
+"""What the README and the pages of docs show runs as it stands there, and installs what is ours."""
 
 import os
 import re
@@ -54,3 +54,33 @@ def test_python_of_a_page_runs(page, tmp_path, monkeypatch):
 def test_links_of_a_page_lead_somewhere(page):
     for target in LINK.findall(page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+# On the package index the name is somebody else's. A path, a file or an address may end in it.
+FROM_THE_INDEX = re.compile(
+    r"(?:pip|uv|pipx) .*\binstall\b.*[ '\"=]msda(?! @)(?:\[|==|[ '\"`).,;]|$)"
+)
+
+
+def sources():
+    """All files that tell people something."""
+    folders = ["msda", "docs", "examples", "benchmarks", "tests", "csrc", ".ci", ".github"]
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    files += [path for path in ROOT.glob("*") if path.suffix in (".md", ".py", ".toml", ".txt")]
+    kinds = (".md", ".py", ".toml", ".txt", ".cpp", ".h", ".cmake", ".yml", "")
+    return [path for path in files if path.is_file() and path.suffix in kinds]
+
+
+def test_the_search_knows_what_installs_from_the_index():
+    for command in ("msda", "msda[plot]", "'msda[plot]'", "-U msda==0.1.0", "torch msda`, then"):
+        assert FROM_THE_INDEX.search(f"python -m pip install {command}"), command
+    for command in ("./msda", "../msda[examples]", "msda-0.1.0-py3-none-any.whl"):
+        assert not FROM_THE_INDEX.search(f"pip install {command}"), command
+    assert not FROM_THE_INDEX.search("pip install 'msda @ git+https://example.org/msda.git'")
+
+
+def test_nothing_tells_people_to_install_the_name_from_an_index():
+    for path in sources():
+        if path != Path(__file__):
+            for line in path.read_text().splitlines():
+                assert not FROM_THE_INDEX.search(line), f"{path.relative_to(ROOT)}: {line}"

@@ -350,4 +350,4 @@ def test_recording_needs_no_matplotlib_and_drawing_says_what_is_missing():
     """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout == "msda.plot draws with matplotlib: pip install 'msda[plot]'\n"
+    assert result.stdout == "msda.plot draws with matplotlib: pip install matplotlib\n"
