@@ -254,6 +254,14 @@ Sizes read_spatial_shapes(const Pyramid& pyramid, Known& known) {
   return shapes.is_cpu() ? read_integers(shapes, kSpatialShapes.name) : Sizes(2 * known[kL], 0);
 }
 
+#ifndef MSDA_WITH_CUDA
+// How to get CUDA kernels, ending with the command. Python knows what it is on this machine.
+std::string& cuda_remedy() {
+  static std::string text = "to have them, build msda where nvcc is found, with MSDA_CUDA=1";
+  return text;
+}
+#endif
+
 // Checks value and the pyramid's metadata and fills in all sizes but those of queries and points.
 void read_pyramid(const Pyramid& pyramid, Call& call) {
   const Tensor& value = pyramid.value;
@@ -266,9 +274,11 @@ void read_pyramid(const Pyramid& pyramid, Call& call) {
              "value must be on the CPU or on a CUDA device, got ", "a tensor on ",
              device_name(value));
 #else
-  MSDA_CHECK(value.is_cpu(), "value must be on the CPU, got a tensor on ", device_name(value),
-             ": this build of msda has no CUDA kernels. Install it where nvcc is found "
-             "(MSDA_CUDA=1 to insist), or set MSDA_BACKEND=reference.");
+  MSDA_CHECK(
+      !value.is_cuda(), "value must be on the CPU, got a tensor on ", device_name(value),
+      ": this build of msda has no CUDA kernels. MSDA_BACKEND=reference does without, slowly; ",
+      cuda_remedy());
+  MSDA_CHECK(value.is_cpu(), "value must be on the CPU, got a tensor on ", device_name(value));
 #endif
   int64_t channels;
   MSDA_CHECK(!__builtin_mul_overflow(known[kM], known[kD], &channels),
@@ -753,6 +763,15 @@ __attribute__((visibility("default"))) const char* msda_cuda_architectures() {
   return MSDA_CUDA_ARCHITECTURES;
 #else
   return "";
+#endif
+}
+
+// What an error about a CUDA tensor is to end with.
+__attribute__((visibility("default"))) void msda_set_cuda_remedy(const char* text) {
+#ifdef MSDA_WITH_CUDA
+  (void)text;
+#else
+  msda::cuda_remedy() = text;
 #endif
 }
 

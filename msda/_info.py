@@ -25,6 +25,7 @@ _LABELS = {
     "cpu_threads": "CPU threads",
     "cuda_architectures": "CUDA kernels for",
     "cuda_available": "CUDA device present",
+    "remedy": "what this build lacks",
 }
 
 
@@ -46,13 +47,15 @@ def info() -> Info:
         backend ("native" or "reference") and why, the instruction sets compiled, supported by this
         machine and in use, and the CUDA architectures compiled. ``cpu_capability`` is None where
         MSDA_CPU_CAPABILITY names a set that cannot be used, or without the compiled library.
+        ``remedy`` is there if this build lacks what its torch could use (the compiled library, or
+        CUDA kernels for a torch with CUDA), comes last and ends with the command to type.
 
     Example:
         >>> info()["backend"]
         'native'
     """
     has_library = ops.LIBRARY is not None
-    return Info(
+    table = Info(
         msda=__version__,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
@@ -68,6 +71,9 @@ def info() -> Info:
         cuda_architectures=_names("msda_cuda_architectures", ","),
         cuda_available=torch.cuda.is_available(),
     )
+    if ops.REMEDY is not None:
+        table["remedy"] = ops.REMEDY
+    return table
 
 
 def _names(function: str, separator: str) -> list[str]:

@@ -380,7 +380,7 @@ def _has_kernel(value: Tensor) -> bool:
     if ops.BACKEND == "native":
         _warn_once(f"msda has no kernel for {device} tensors: the slower PyTorch reference runs.")
     elif not ops.BACKEND_REASON.startswith("MSDA_BACKEND"):
-        _warn_once(f"msda runs its slower PyTorch reference: {ops.BACKEND_REASON}.")
+        _warn_once(f"msda runs its slower PyTorch reference: {ops.BACKEND_REASON}; {ops.REMEDY}")
     return False
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from msda._remedy import remedy, torch_is_too_old
 from msda.checks import check_arguments
 from msda.reference import (
     SpatialShapes,
@@ -26,12 +27,11 @@ from msda.reference import (
 
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 LIBRARY_PATH = Path(__file__).with_name(f"libmsda.{_SUFFIX}")
-OLDEST_TORCH = (2, 10)
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The loaded library, or None and the reason why there is none."""
-    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+    if torch_is_too_old():
         return None, f"it needs torch >= 2.10, got {torch.__version__}"
     if not LIBRARY_PATH.exists():
         return None, f"{LIBRARY_PATH.name} is not installed beside {Path(__file__).name}"
@@ -67,6 +67,18 @@ def library_text(function: str) -> str | None:
     call.restype = ctypes.c_char_p
     answer = call()
     return None if answer is None else answer.decode()
+
+
+def _mend() -> str | None:
+    """What to type for what this build lacks; the library's errors end with it."""
+    has_cuda_kernels = LIBRARY is not None and bool(library_text("msda_cuda_architectures"))
+    text = remedy(LIBRARY is not None, has_cuda_kernels)
+    if LIBRARY is not None and text is not None:
+        LIBRARY.msda_set_cuda_remedy(text.encode())
+    return text
+
+
+REMEDY = _mend()
 
 
 # ---- fake kernels: shapes without data -----------------------------------------------------------

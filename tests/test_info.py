@@ -1,5 +1,6 @@
 """msda says what is live and why; environment variables choose it, and misspelt ones fail."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import msda
+from msda import _remedy
 
 PACKAGE = Path(msda.__file__).parent
 ROOT = PACKAGE.parent
@@ -146,6 +148,123 @@ def test_unknown_instruction_set_is_refused_at_the_first_call():
     supported = " ".join(msda.info()["cpu_capabilities_supported"])
     message = f"RuntimeError: MSDA_CPU_CAPABILITY must be one of: {supported}, got bogus"
     assert process.stderr.splitlines()[-1] == message
+
+
+# ---- what this build lacks, and the command that mends it ----------------------------------------
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A function that lets the package have been installed by pip from an address."""
+    package = tmp_path / "site" / "msda"
+    record = tmp_path / "site" / "any_name-0.1.0.dist-info"
+    record.mkdir(parents=True)
+    (record / "RECORD").write_text("msda/__init__.py,sha256=0,1\n")
+    monkeypatch.setattr(_remedy, "PACKAGE", package)
+    monkeypatch.setattr(sys, "executable", "/a python/bin/python")
+
+    def come_from(**record_of_pip):
+        (record / "direct_url.json").write_text(json.dumps(record_of_pip))
+
+    return come_from
+
+
+PIP = "'/a python/bin/python' -m pip install --force-reinstall --no-deps"
+
+
+@pytest.mark.parametrize(
+    ("url", "vcs", "command"),
+    [
+        ("file:///home/me/my%20msda", {}, f"{PIP} file:///home/me/my%20msda"),
+        (
+            "https://example.org/msda.git",
+            dict(vcs="git", commit_id="1234abc"),
+            f"{PIP} --no-cache-dir git+https://example.org/msda.git@1234abc",
+        ),
+        ("file:///home/me/msda-0.1.0-py3-none-any.whl", {}, f"cd a_checkout_of_msda && {PIP} ."),
+    ],
+)
+def test_the_command_that_builds_anew_names_where_the_package_came_from(
+    installed, url, vcs, command
+):
+    installed(url=url, vcs_info=vcs)
+    assert _remedy.build_command("") == command
+
+
+def test_the_command_that_builds_a_checkout_anew_names_its_folder(tmp_path, installed, monkeypatch):
+    (tmp_path / "my msda").mkdir()
+    (tmp_path / "my msda" / "setup.py").touch()
+    monkeypatch.setattr(_remedy, "PACKAGE", tmp_path / "my msda" / "msda")
+    expected = f"MSDA_CUDA=1 {PIP} -e '{tmp_path}/my msda'"
+    assert _remedy.build_command("MSDA_CUDA=1 ") == expected
+
+
+@pytest.mark.parametrize(
+    ("cuda", "torch_version", "library", "kernels", "says"),
+    [
+        (None, "2.13.0", True, False, None),
+        ("13.0", "2.13.0", True, True, None),
+        ("13.0", "2.13.0", True, False, "to compile the CUDA kernels: MSDA_CUDA=1 "),
+        ("13.0", "2.13.0", False, False, "to compile the CUDA kernels: MSDA_CUDA=1 "),
+        (
+            "12.8",
+            "2.13.0",
+            True,
+            False,
+            "to compile the CUDA kernels, once NVIDIA's toolkit for CUDA 12.8 is installed: MSDA",
+        ),
+        (None, "2.13.0", False, False, "to compile the library: '/a python/bin/python' -m pip "),
+        ("12.8", "2.9.1+cu128", False, False, "for torch >= 2.10: '/a python/bin/python' -m pip "),
+    ],
+)
+def test_a_build_that_lacks_something_names_the_command_for_this_torch(
+    installed, monkeypatch, cuda, torch_version, library, kernels, says
+):
+    installed(url="file:///home/me/msda")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(_remedy.shutil, "which", lambda program: None)
+    text = _remedy.remedy(library, kernels)
+    assert text is None if says is None else text.startswith(says)
+
+
+def test_info_ends_with_the_command_that_mends(pure_python):
+    process = run_python("-m", "msda.info", path=pure_python)
+    last = process.stdout.splitlines()[-1]
+    assert last.startswith("what this build lacks  to compile the "), process.stderr
+    assert "-m pip install --force-reinstall --no-deps" in last
+
+
+class OnCuda(torch.Tensor):
+    """A tensor that says it is on a GPU; it has no memory."""
+
+    @staticmethod
+    def __new__(cls, *shape):
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.float32, device="cuda")
+
+    @classmethod
+    def __torch_dispatch__(cls, *call):
+        raise NotImplementedError
+
+
+@pytest.mark.skipif(bool(msda.info()["cuda_architectures"]), reason="msda has CUDA kernels")
+def test_the_error_for_a_cuda_tensor_ends_with_the_command_that_mends():
+    value, points, weights = OnCuda(1, 6, 1, 4), OnCuda(1, 1, 1, 1, 1, 2), OnCuda(1, 1, 1, 1, 1)
+    python_keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+    python_keys |= torch._C.DispatchKeySet(torch._C.DispatchKey.PythonTLSSnapshot)
+    message = (
+        "^value must be on the CPU, got a tensor on cuda.*: this build of msda has no CUDA "
+        "kernels. MSDA_BACKEND=reference does without, slowly; to mend it: type this$"
+    )
+    msda.ops.LIBRARY.msda_set_cuda_remedy(b"to mend it: type this")
+    with (
+        torch._C._AutoDispatchBelowAutograd(),
+        torch._C._ExcludeDispatchKeyGuard(python_keys),
+        pytest.raises(RuntimeError, match=message),
+    ):
+        torch.ops.msda.ms_deform_attn(
+            value, [2, 3], None, None, points, weights, None, nearest=False
+        )
 
 
 # ---- an installation without the compiled library ------------------------------------------------
