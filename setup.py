@@ -6,8 +6,9 @@ environment is built against in place, so that ``pip install .`` does not downlo
 
 A machine with a torch for CUDA 13 or later and no nvcc gets one from the package index.
 
-Environment variables: MSDA_CUDA, MSDA_TORCH_ROOT and TORCH_CUDA_ARCH_LIST are CMake's;
-MSDA_BUILD_DIR keeps CMake's build folder for incremental builds.
+Environment variables: MSDA_CUDA, MSDA_TORCH_ROOT and TORCH_CUDA_ARCH_LIST are CMake's; MAX_JOBS is
+how many compilers run at once (default: one for each core); MSDA_BUILD_DIR keeps CMake's build
+folder for incremental builds.
 """
 
 import importlib.util
@@ -18,6 +19,15 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+
+import setuptools
+
+OLDEST_SETUPTOOLS = 77  # reads pyproject.toml as it is
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"msda: setuptools >= {OLDEST_SETUPTOOLS} is needed to build, got "
+        f"{setuptools.__version__}: pip install -U setuptools, or build with pip's build isolation"
+    )
 
 from setuptools import Extension, setup
 from setuptools import build_meta as _setuptools
@@ -32,6 +42,7 @@ LIBRARY = {"darwin": "libmsda.dylib", "win32": "msda.dll"}.get(sys.platform, "li
 
 def get_requires_for_build_wheel(config_settings=None):
     """Build requirements beyond pyproject.toml's: what this machine does not have yet."""
+    require_platform()
     requires = _setuptools.get_requires_for_build_wheel(config_settings)
     requires += [tool for tool in ("cmake", "ninja") if shutil.which(tool) is None]
     torch = find_torch()
@@ -155,8 +166,25 @@ def stop(sentence):
     sys.exit(f"msda: {sentence}")
 
 
+def require_platform():
+    """End where there is nothing to build for."""
+    if sys.platform not in ("linux", "darwin") or sys.maxsize < 2**32:
+        bits = 64 if sys.maxsize > 2**32 else 32
+        hint = ": on Windows, use WSL" if sys.platform == "win32" else ""
+        stop(f"the platform must be 64-bit Linux or macOS, got {bits}-bit {sys.platform}{hint}")
+
+
+def parallel_options():
+    """How many compilers CMake is to run at once: MAX_JOBS, which torch's builds know too."""
+    jobs = os.environ.get("MAX_JOBS", "")
+    if jobs and not (jobs.isdecimal() and int(jobs) > 0):
+        stop(f"MAX_JOBS must be a number of compilers to run at once, got {jobs!r}")
+    return ["--parallel", jobs] if jobs else []
+
+
 def require_tools():
     """The folder of a torch to build with, having checked everything else that CMake needs."""
+    require_platform()
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             stop(f"{tool} is needed to build, and none was found: pip install {tool}")
@@ -195,12 +223,20 @@ class BuildWithCMake(build_ext):
         if libraries is not None:
             paths = [str(libraries), environment.get("LIBRARY_PATH")]
             environment["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
-        build_dir = Path(os.environ.get("MSDA_BUILD_DIR") or self.build_temp).resolve()
+        kept = os.environ.get("MSDA_BUILD_DIR")
+        build_dir = Path(kept or self.build_temp).resolve()
+        if not kept:  # what CMake remembers there may be of an environment that is gone
+            shutil.rmtree(build_dir, ignore_errors=True)
         package_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = ["-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
+        # All that may have changed since CMake last looked.
+        configure += [
+            f"-DMSDA_TORCH_ROOT={torch}",
+            f"-DMSDA_CUDA={os.environ.get('MSDA_CUDA', '')}",
+        ]
         steps = (
-            [*configure, f"-DMSDA_TORCH_ROOT={torch}", *cuda_options],
-            ["--build", str(build_dir)],
+            [*configure, f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}", *cuda_options],
+            ["--build", str(build_dir), *parallel_options()],
             ["--install", str(build_dir), "--prefix", str(package_dir)],
         )
         for step in steps:

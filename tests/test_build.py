@@ -1,9 +1,13 @@
 """The build says in one sentence what it lacks, and decides about CUDA without asking for a GPU."""
 
 import importlib.util
+import json
 import os
+import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -99,6 +103,68 @@ def test_an_old_torch_is_one_sentence(setup_py, monkeypatch, tmp_path):
         setup_py.require_tools()
 
 
+@pytest.mark.parametrize("version", ["66.1.1", "76.9"])
+def test_old_setuptools_are_one_sentence(tmp_path, version):
+    (tmp_path / "setuptools.py").write_text(f"__version__ = {version!r}")
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "setup.py"), "--version"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode != 0
+    assert run.stderr.startswith(f"msda: setuptools >= 77 is needed to build, got {version}: pip ")
+    assert run.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("platform", "integers", "got"),
+    [
+        ("win32", 2**63 - 1, "64-bit win32: on Windows, use WSL"),
+        ("linux", 2**31 - 1, "32-bit linux"),
+        ("freebsd14", 2**63 - 1, "64-bit freebsd14"),
+    ],
+)
+def test_another_platform_is_one_sentence(setup_py, monkeypatch, platform, integers, got):
+    monkeypatch.setattr(setup_py.sys, "platform", platform)
+    monkeypatch.setattr(setup_py.sys, "maxsize", integers)
+    for step in (setup_py.get_requires_for_build_wheel, setup_py.require_tools):
+        with pytest.raises(SystemExit) as stopped:
+            step()
+        assert str(stopped.value) == f"msda: the platform must be 64-bit Linux or macOS, got {got}"
+
+
+def test_max_jobs_is_how_many_compilers_run_at_once(setup_py, monkeypatch):
+    monkeypatch.delenv("MAX_JOBS", raising=False)
+    assert setup_py.parallel_options() == []
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert setup_py.parallel_options() == ["--parallel", "3"]
+    for wrong in ("0", "-1", "many"):
+        monkeypatch.setenv("MAX_JOBS", wrong)
+        with pytest.raises(
+            SystemExit, match=f"^msda: MAX_JOBS must be a number .*, got '{wrong}'$"
+        ):
+            setup_py.parallel_options()
+
+
+@pytest.fixture(scope="module")
+def configured_without_cuda(tmp_path_factory):
+    """A build folder that CMake configured, and what it printed."""
+    folder = tmp_path_factory.mktemp("a folder") / "of a build"
+    status, text = configure(folder, MSDA_CUDA="0")
+    assert status == 0, text
+    return folder, text
+
+
+def test_a_build_asks_for_no_python_headers_and_no_network(configured_without_cuda):
+    folder, _ = configured_without_cuda
+    include = sysconfig.get_path("include")
+    for entry in json.loads((folder / "compile_commands.json").read_text()):
+        assert not re.search(rf"-(I|isystem) ?{re.escape(include)}\b", entry["command"])
+    for source in (ROOT / "setup.py", ROOT / "CMakeLists.txt"):
+        assert not re.search(r"FetchContent|DOWNLOAD|ExternalProject|urllib", source.read_text())
+
+
 def test_build_requirements_name_only_what_is_missing(setup_py, monkeypatch, tmp_path):
     monkeypatch.setenv("MSDA_TORCH_ROOT", str(fake_torch(tmp_path, "2.13")))
     monkeypatch.setattr(setup_py._setuptools, "get_requires_for_build_wheel", lambda settings: [])
@@ -123,9 +189,8 @@ def test_cmake_alone_finds_no_torch(tmp_path):
     assert "msda needs torch >= 2.10 to build, found none in" in text
 
 
-def test_cuda_can_be_switched_off(tmp_path):
-    status, text = configure(tmp_path, MSDA_CUDA="0")
-    assert status == 0
+def test_cuda_can_be_switched_off(configured_without_cuda):
+    _, text = configured_without_cuda
     assert "CUDA kernels: off (MSDA_CUDA=0)" in text
 
 

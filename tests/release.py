@@ -1,7 +1,7 @@
 """Make the wheel of a release: ``make wheel``.
 
-    python tests/wheel.py                   for x86-64, with CUDA kernels for every architecture
-    python tests/wheel.py --arch aarch64    for 64-bit Arm, without them, by Debian's cross compiler
+    python tests/release.py                   for x86-64, with CUDA kernels for every architecture
+    python tests/release.py --arch aarch64    for 64-bit Arm, without them, cross-compiled
 
 It makes the sdist, unpacks it in a folder of its own, builds the wheel there, lets it ask for no
 newer glibc than manylinux allows, has auditwheel grant the tag, and tells what the library asks of
