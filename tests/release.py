@@ -16,8 +16,8 @@ anonymous namespace after a hash of the source's absolute path, so that path is 
 NOTE [older glibc]
 A program is bound to the newest version of each function that the C library has where it is linked:
 of dlopen to that of glibc 2.34, which merely moved it from libdl to libc. Those versions are then
-exchanged, in the table of the finished library, for the newest that manylinux allows and that glibc
-still offers for each of the functions concerned. csrc/older_systems.cpp defines the others.
+exchanged, in the tables of the finished library, for the newest that manylinux allows and that
+glibc still offers for the function. csrc/older_systems.cpp defines what has none.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import sys
 import sysconfig
 import tarfile
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,27 +128,34 @@ def lower_glibc(library: Path, c_libraries: list[Path]) -> dict[str, str]:
     content, lowered = bytearray(library.read_bytes()), {}
     with open(library, "rb") as file:
         elf = ELFFile(file)
+        table = elf.get_section_by_name(".gnu.version")["sh_offset"]
         versions = needed_versions(elf)
-        by_name = {name: offset for offset, name, _ in versions}
+        entries = {name: (offset, number) for offset, name, number in versions}
         for offset, name, number in versions:
             if version_of(name) <= NEWEST_GLIBC:
                 continue
-            functions = [one for one, index, _ in symbols(elf) if number_of(index) == number]
-            common = set.intersection(*(has.get(one, set()) for one in functions))
-            older = [
-                one
-                for one in sorted(common & set(by_name), key=version_of)
-                if () < version_of(one) <= NEWEST_GLIBC
-            ]
-            if not older:
-                stop(f"{', '.join(functions)} must be in glibc 2.28, got {name} alone")
-            # An entry's hash and name, as in the other version's; its number and flags stay.
-            other = by_name[older[-1]]
-            for field in (0, 8):
-                content[offset + field : offset + field + 4] = content[
-                    other + field : other + field + 4
-                ]
-            lowered[f"{', '.join(functions)} of {name}"] = older[-1]
+            older = {}
+            for index, (function, its_number, _) in enumerate(symbols(elf)):
+                if number_of(its_number) == number:
+                    choice = [
+                        one for one in has.get(function, ()) if () < version_of(one) <= NEWEST_GLIBC
+                    ]
+                    if not choice:
+                        stop(f"{function} must be in glibc 2.28, got {name} alone")
+                    older[index] = max(choice, key=version_of)
+                    lowered[f"{function} of {name}"] = older[index]
+            # The entry takes the version of most, from another entry: its hash and its name.
+            common, _ = Counter(one for one in older.values() if one in entries).most_common(1)[0]
+            for field in (offset, offset + 8):
+                source = entries[common][0] + field - offset
+                content[field : field + 4] = content[source : source + 4]
+            # The rest go to the entry of theirs; without one they are bound to whatever there is.
+            for index, version in older.items():
+                if version != common:
+                    _, its_number = entries.get(version, (0, 1))
+                    content[table + 2 * index : table + 2 * index + 2] = its_number.to_bytes(
+                        2, "little"
+                    )
     library.write_bytes(content)
     return lowered
 
@@ -171,21 +179,18 @@ def unpacked_sdist(scratch: Path) -> Path:
     """The sources as a release has them, in a folder whose path is always the same."""
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", scratch, ROOT)
     (sdist,) = scratch.glob("*.tar.gz")
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(mode=0o700)
+    FOLDER.mkdir(mode=0o700, exist_ok=True)
+    source = FOLDER / "source"
+    shutil.rmtree(source, ignore_errors=True)
     with tarfile.open(sdist) as archive:
-        archive.extractall(FOLDER)
-    (folder,) = FOLDER.iterdir()
-    source = folder.rename(FOLDER / "source")
-    shutil.copy(sdist, FOLDER)
-    return source
+        archive.extractall(scratch)
+    return Path(shutil.move(scratch / sdist.name.removesuffix(".tar.gz"), source))
 
 
 def build(arch: str, source: Path, scratch: Path) -> Path:
     """The wheel as setup.py makes it, stripped."""
     variables = {
         "MSDA_CUDA": "1",
-        "MSDA_BUILD_DIR": os.environ.get("MSDA_BUILD_DIR") or str(FOLDER / "build"),
         "TORCH_CUDA_ARCH_LIST": "",
         "LDFLAGS": "-Wl,--strip-all",
     }
@@ -199,7 +204,11 @@ def build(arch: str, source: Path, scratch: Path) -> Path:
         }
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
     text = run(*command, "-v", "-w", scratch / "built", source, **variables)
-    warnings = [line.strip() for line in text.splitlines() if re.search(r"\bwarning\b", line, re.I)]
+    warnings = [
+        line.strip()
+        for line in text.splitlines()
+        if re.search(r"\bwarning\b", line, re.I) and "byte-compiling is disabled" not in line
+    ]
     if warnings:
         stop("the build must give no warning, got: " + "\n".join(warnings))
     print("\n".join(line.strip() for line in text.splitlines() if "CUDA kernels:" in line))
@@ -220,8 +229,7 @@ def finish(arch: str, wheel: Path, scratch: Path, output: Path) -> Path:
     run(sys.executable, "-m", "wheel", "unpack", "-d", folder, wheel)
     (package,) = folder.iterdir()
     lowered = lower_glibc(package / "msda" / "libmsda.so", c_libraries(arch))
-    for newer, older in lowered.items():
-        print(f"{older} in place of {newer}")
+    print(f"older versions for {len(lowered)} functions of a glibc newer than manylinux allows")
     run(sys.executable, "-m", "wheel", "pack", "-d", scratch, package)
     (packed,) = scratch.glob("*.whl")
     tag = "manylinux_{}_{}".format(*NEWEST_GLIBC) + f"_{arch}"
@@ -252,7 +260,7 @@ def report(wheel: Path, scratch: Path) -> None:
             if is_defined:
                 exported.append(name)
             elif name:
-                wanted.setdefault(versions.get(number_of(index), "torch"), []).append(name)
+                wanted.setdefault(versions.get(number_of(index), "of any version"), []).append(name)
         is_stripped = elf.get_section_by_name(".symtab") is None
     print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, libmsda.so {library.stat().st_size:,}")
     print(f"needs {', '.join(sorted(needed))}")
