@@ -1,7 +1,8 @@
 """Make the wheel of a release: ``make wheel``.
 
     python tests/release.py                   for x86-64, with CUDA kernels for every architecture
-    python tests/release.py --arch aarch64    for 64-bit Arm, without them, cross-compiled
+    python tests/release.py --arch aarch64    for 64-bit Arm, without them: cross-compiled with the
+                                              torch of MSDA_TORCH_ROOT, for that processor
 
 It makes the sdist, unpacks it in a folder of its own, builds the wheel there, lets it ask for no
 newer glibc than manylinux allows, has auditwheel grant the tag, and tells what the library asks of
@@ -34,7 +35,6 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = Path("/tmp/msda-wheel")
 NEWEST_GLIBC = (2, 28)
 MAY_NEED = {"libtorch.so", "libtorch_cpu.so", "libc.so.6", "libm.so.6"}
 MAY_NEED |= {"libstdc++.so.6", "libgcc_s.so.1"}  # auditwheel allows them: every torch brings them
@@ -175,12 +175,13 @@ def date_of_release() -> str:
     return done.stdout.strip()
 
 
-def unpacked_sdist(scratch: Path) -> Path:
+def unpacked_sdist(arch: str, scratch: Path) -> Path:
     """The sources as a release has them, in a folder whose path is always the same."""
+    folder = Path("/tmp/msda-wheel" if arch == platform.machine() else f"/tmp/msda-wheel-{arch}")
     run(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", scratch, ROOT)
     (sdist,) = scratch.glob("*.tar.gz")
-    FOLDER.mkdir(mode=0o700, exist_ok=True)
-    source = FOLDER / "source"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    source = folder / "source"
     shutil.rmtree(source, ignore_errors=True)
     with tarfile.open(sdist) as archive:
         archive.extractall(scratch)
@@ -195,6 +196,12 @@ def build(arch: str, source: Path, scratch: Path) -> Path:
         "LDFLAGS": "-Wl,--strip-all",
     }
     if arch != platform.machine():
+        if not os.environ.get("MSDA_TORCH_ROOT"):
+            stop(
+                f"MSDA_TORCH_ROOT must be the folder torch of an unpacked wheel for {arch}, got "
+                "nothing: pip download --no-deps --only-binary=:all: --platform "
+                f"manylinux_2_28_{arch} torch"
+            )
         toolchain = scratch / "toolchain.cmake"
         toolchain.write_text(TOOLCHAIN.format(arch=arch))
         variables |= {
@@ -232,14 +239,14 @@ def finish(arch: str, wheel: Path, scratch: Path, output: Path) -> Path:
     print(f"older versions for {len(lowered)} functions of a glibc newer than manylinux allows")
     run(sys.executable, "-m", "wheel", "pack", "-d", scratch, package)
     (packed,) = scratch.glob("*.whl")
-    tag = "manylinux_{}_{}".format(*NEWEST_GLIBC) + f"_{arch}"
-    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--only-plat"]
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--only-plat"]
     text = run(*command, "--exclude", "libtorch*", "-w", scratch / "granted", packed)
-    granted = list((scratch / "granted").glob("*.whl"))
-    if not granted:
-        stop(f"auditwheel must grant {tag}, got: {text}")
+    (granted,) = (scratch / "granted").glob("*.whl")
+    match = re.search(rf"-manylinux_(\d+)_(\d+)_{arch}\.whl$", granted.name)
+    if not match or tuple(map(int, match.groups())) > NEWEST_GLIBC:
+        stop(f"auditwheel must grant manylinux_2_28 or an older one, got {granted.name}: {text}")
     output.mkdir(exist_ok=True)
-    return Path(shutil.copy(granted[0], output))
+    return Path(shutil.copy(granted, output))
 
 
 def report(wheel: Path, scratch: Path) -> None:
@@ -257,7 +264,7 @@ def report(wheel: Path, scratch: Path) -> None:
         wanted: dict[str, list[str]] = {}
         exported = []
         for name, index, is_defined in symbols(elf):
-            if is_defined:
+            if name and is_defined:
                 exported.append(name)
             elif name:
                 wanted.setdefault(versions.get(number_of(index), "of any version"), []).append(name)
@@ -286,7 +293,7 @@ def main() -> int:
     os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        source = unpacked_sdist(scratch)
+        source = unpacked_sdist(options.arch, scratch)
         wheel = finish(options.arch, build(options.arch, source, scratch), scratch, options.output)
         report(wheel, scratch)
     return 0

@@ -17,6 +17,7 @@ from detector.config import ModelConfig
 from detector.model import build_model
 from msda.testing import make_inputs
 
+CPP = Path(__file__).with_name("cpp")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 
 
@@ -229,16 +230,14 @@ def test_package_runs_from_python(package):
 @needs_compiler
 def test_package_runs_from_cpp_without_python(package, tmp_path):
     model, path = package
-    root = Path(torch.__file__).parent
-    program = tmp_path / "aot_loader"
-    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
-    source = str(Path(__file__).with_name("aot_loader.cpp"))
-    # The library needs libtorch.so, which the program alone does not.
-    link = ["-Wl,--no-as-needed", f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ldl"]
-    link.append(f"-Wl,-rpath,{root / 'lib'}")
-    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-    command = ["g++", "-std=c++20", "-O0", abi, source, "-o", str(program), *include, *link]
-    subprocess.run(command, check=True)
+    build = tmp_path / "a build"
+    prefixes = f"{msda.__path__[0]};{torch.utils.cmake_prefix_path}"
+    configure = ["cmake", "-S", str(CPP), "-B", str(build), "-G", "Ninja"]
+    configure += [f"-DCMAKE_PREFIX_PATH={prefixes}", "-DCMAKE_BUILD_TYPE=Debug"]
+    for command in (configure, ["cmake", "--build", str(build)]):
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+    program = build / "aot_loader"
 
     linked = subprocess.run(["ldd", str(program)], capture_output=True, text=True).stdout
     assert "libpython" not in linked
@@ -246,8 +245,7 @@ def test_package_runs_from_cpp_without_python(package, tmp_path):
         arguments = two_maps(*sizes)
         torch.save(list(arguments), tmp_path / "inputs.pt")
         files = [str(tmp_path / "inputs.pt"), str(tmp_path / "outputs.pt")]
-        library = msda.info()["library"]
-        subprocess.run([str(program), library, str(path), *files], check=True)
+        subprocess.run([str(program), str(path), *files], check=True)
         (output,) = torch.load(tmp_path / "outputs.pt", weights_only=False)
         torch.testing.assert_close(output, model(*arguments).detach())
 
