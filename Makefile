@@ -14,7 +14,8 @@
 #   make lint        check format, style and types
 #   make machine-code  compile the CUDA kernels for sm_90 and hold the machine code against the budget
 #   make memory-traffic  count what the CUDA kernels ask of memory, on the CPU, and hold it against its budget
-#   make abi         install the wheel under other versions of torch and try it there (downloads gigabytes)
+#   make wheel       the wheel of a release, with CUDA kernels for every GPU (ten minutes; ARCH=aarch64: Arm's)
+#   make abi         try a wheel under other versions of torch and Python (downloads gigabytes): WHEEL=file
 #   make clean       remove what the others made
 #
 # They install pinned requirements into a virtual environment. To use an existing Python instead, one
@@ -23,6 +24,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 ABI_TORCH ?= torch==2.10.0 torch
+ABI_PYTHON ?=
+ARCH ?= $(shell uname -m)
+WHEEL ?=
 GPU_OPTIONS ?=
 MINUTES ?= 1
 FUZZ_OPTIONS ?=
@@ -57,7 +61,7 @@ TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 FOR_THIS_MACHINE := MSDA_CUDA=$(MSDA_CUDA) TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
 .PHONY: demo quickstart test bench convergence bench-check fuzz sanitize arm reliability gpu lint \
-  machine-code memory-traffic abi clean executor
+  machine-code memory-traffic wheel abi clean executor
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
@@ -122,8 +126,11 @@ machine-code: $(REQUIREMENTS)
 memory-traffic: executor
 	$(RUN) tests/memory_traffic.py check
 
+wheel: $(REQUIREMENTS)
+	env -u MSDA_BUILD_DIR $(RUN) tests/release.py --arch $(ARCH)
+
 abi: $(REQUIREMENTS)
-	$(RUN) tests/abi.py $(ABI_TORCH)
+	$(RUN) tests/abi.py $(if $(WHEEL),--wheel $(WHEEL)) $(ABI_PYTHON:%=--python %) $(ABI_TORCH)
 
 clean:
 	rm -rf build dist out msda.egg-info msda/libmsda.* $(VENV)

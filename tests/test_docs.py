@@ -16,7 +16,7 @@ PAGES = [
     ROOT / "examples" / "deformable_detr" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-WITHOUT_CODE = [ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "cuda.md"]
+WITHOUT_CODE = [ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "cuda", "releasing")]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
