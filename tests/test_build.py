@@ -220,6 +220,46 @@ def test_cuda_is_left_out_without_nvcc(tmp_path, path_without_nvcc):
     assert "MSDA_CUDA=1 asks for CUDA kernels, but nvcc was not found" in text
 
 
+# ---- releases ------------------------------------------------------------------------------------
+
+
+def test_the_workflow_of_releases_runs_commands_that_there_are(setup_py):
+    workflow = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    made = re.findall(r"run: make (\S+)", workflow)
+    targets = re.findall(r"^([\w.$()/-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {target.replace("$(VENV)", ".venv") for target in targets} >= set(made) >= {"wheel"}
+    for name in setup_py.NVCC_PACKAGES:
+        assert f"'nvidia-{name}==13.0.*'" in workflow
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+def test_a_library_is_bound_to_functions_of_an_older_glibc_and_works(tmp_path):
+    pytest.importorskip("elftools", reason="auditwheel is not installed")
+    import release
+
+    source, library = tmp_path / "older.c", tmp_path / "libolder.so"
+    source.write_text(
+        "#include <math.h>\n#include <pthread.h>\n"
+        "static pthread_once_t once = PTHREAD_ONCE_INIT;\nstatic double y, x;\n"
+        "static void compute(void) { y = exp(x); }\n"
+        "double exp_once(double of) { x = of; pthread_once(&once, compute); return y; }\n"
+    )
+    subprocess.run(["gcc", "-shared", "-fPIC", source, "-o", library, "-lm"], check=True)
+    lowered = release.lower_glibc(library, release.c_libraries(release.platform.machine()))
+    assert set(map(release.version_of, lowered.values())) <= {(2, 2, 5), (2, 17)}
+    with open(library, "rb") as file:
+        from elftools.elf.elffile import ELFFile
+
+        versions = [
+            release.version_of(name) for _, name, _ in release.needed_versions(ELFFile(file))
+        ]
+    assert max(versions) <= release.NEWEST_GLIBC
+    program = "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).exp_once; "
+    program += "f.restype = ctypes.c_double; f.argtypes = [f.restype]; print(f(1.0))"
+    run = subprocess.run([sys.executable, "-c", program, library], capture_output=True, text=True)
+    assert run.stdout.startswith("2.71828"), run.stderr
+
+
 # ---- nvcc from the package index -----------------------------------------------------------------
 
 CUDA_13 = ["cuda-nvcc", "cuda-crt", "nvvm", "cuda-runtime", "cuda-cccl"]
