@@ -67,6 +67,7 @@ def use_msda(model: Model, *, strict: bool = True) -> Model:
         ``model`` itself.
 
     Raises:
+        TypeError: ``model`` is no module: some libraries keep theirs within another object.
         ValueError: ``model`` has no core, or one with other parameters than those known here, or
             one that computes something else. The model is left as it was.
 
@@ -74,6 +75,8 @@ def use_msda(model: Model, *, strict: bool = True) -> Model:
         >>> from transformers import DeformableDetrForObjectDetection  # doctest: +SKIP
         >>> model = use_msda(DeformableDetrForObjectDetection(config))  # doctest: +SKIP
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     found: dict[nn.Module, tuple[_Chosen, ...]] = {}
     refused: list[tuple[Entry, Refused]] = []
     left: list[Entry] = []

@@ -676,6 +676,14 @@ def test_what_is_no_function_is_no_form():
         register_core("wrong", "adapter", example)
 
 
+def test_what_is_no_module_is_refused_by_its_type():
+    class Detector:  # as rfdetr's, which holds the module
+        model = Global()
+
+    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got Detector$"):
+        use_msda(Detector())
+
+
 def test_our_own_module_needs_no_patch_and_a_report_of_nothing_says_so():
     module = msda.MSDeformAttn(8, 1, 2, 1)
     with pytest.raises(ValueError, match=r"^model must contain"):
