@@ -54,7 +54,7 @@ def explore(
 
     The model runs once, in evaluation mode and without gradients, and every call of
     :func:`msda.ms_deform_attn` and :func:`msda.ms_deform_attn_fused` in it is a layer of the page:
-    those of :class:`msda.MSDeformAttn`, of transformers models after ``use_msda``, and of code
+    those of :class:`msda.MSDeformAttn`, of any model after :func:`msda.use_msda`, and of code
     served by :mod:`msda.drop_in`. The page is one file that needs no network and no server. A query
     is picked by its number, by the arrow keys, or by pointing at the image or at a box.
 
