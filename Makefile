@@ -16,6 +16,8 @@
 #   make memory-traffic  count what the CUDA kernels ask of memory, on the CPU, and hold it against its budget
 #   make wheel       the wheel of a release, with CUDA kernels for every GPU (ten minutes; ARCH=aarch64: Arm's)
 #   make abi         try a wheel under other versions of torch and Python (downloads gigabytes): WHEEL=file
+#   make compat      run models of other libraries before and after ours, and write docs/compatibility.md: a
+#                    fresh environment with all of them (seven gigabytes, half an hour)
 #   make clean       remove what the others made
 #
 # They install pinned requirements into a virtual environment. To use an existing Python instead, one
@@ -61,7 +63,7 @@ TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 FOR_THIS_MACHINE := MSDA_CUDA=$(MSDA_CUDA) TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
 .PHONY: demo quickstart test bench convergence bench-check fuzz sanitize arm reliability gpu lint \
-  machine-code memory-traffic wheel abi clean executor
+  machine-code memory-traffic wheel abi compat clean executor
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
@@ -131,6 +133,9 @@ wheel: $(REQUIREMENTS)
 
 abi: $(REQUIREMENTS)
 	$(RUN) tests/abi.py $(if $(WHEEL),--wheel $(WHEEL)) $(ABI_PYTHON:%=--python %) $(ABI_TORCH)
+
+compat: $(REQUIREMENTS)
+	MSDA_CUDA=0 $(RUN) tests/compat.py $(COMPAT)
 
 clean:
 	rm -rf build dist out msda.egg-info msda/libmsda.* $(VENV)

@@ -16,7 +16,8 @@ PAGES = [
     ROOT / "examples" / "deformable_detr" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-WITHOUT_CODE = [ROOT / "docs" / f"{name}.md" for name in ("benchmarks", "cuda", "releasing")]
+NAMES = ("benchmarks", "compatibility", "cuda", "releasing")
+WITHOUT_CODE = [ROOT / "docs" / f"{name}.md" for name in NAMES]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
