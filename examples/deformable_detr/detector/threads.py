@@ -12,9 +12,9 @@ import os
 import sys
 import time
 
-# Turns of the loop, of GNU's OpenMP, whose own number is some 300 000. The first costs nothing on
-# an idle machine; the second a quarter there, but keeps several times more of a machine that others
-# use as well (docs/benchmarks.md).
+# Turns of the loop, of GNU's OpenMP, whose own number is some 300 000. The first costs up to a
+# fifth on an idle machine; the second up to a quarter there, but keeps several times more of a
+# machine that others use as well (docs/benchmarks.md).
 SPINS_ALONE, SPINS_AMONG_OTHERS = 10_000, 1_000
 _CHOSEN_BY_USER = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 _LOOK = 0.2  # seconds
