@@ -1,19 +1,12 @@
-// The arguments of the operators in one table, and the check of a tensor against its row.
+// The arguments of the operators in one table, and the check of a tensor against its row. No torch:
+// what is asked of a tensor is in Access<Tensor>, which torch.h's and msda.h's tensors have each.
 //
 // msda/checks.py holds the same table and the same checks, for tensors without data and for the
 // reference. tests/test_arguments.py compares the tables and walks every rule through both.
 
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/Layout.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include <algorithm>
-#include <cctype>
 #include <cstdint>
-#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -21,12 +14,9 @@
 
 namespace msda {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
 
-// ---- the table
-// -----------------------------------------------------------------------------------
+// ---- the table ----------------------------------------------------------------------------------
 
 // What an axis is as long as. B batch, S keys, M heads, D channels per head, Q queries, L levels,
 // P points of each level, or, where num_points gives a count for each, K of all levels together.
@@ -114,8 +104,7 @@ inline std::string describe_arguments() {
   return text.str();
 }
 
-// ---- messages
-// ------------------------------------------------------------------------------------
+// ---- messages -----------------------------------------------------------------------------------
 
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
@@ -139,89 +128,23 @@ std::string to_string(const Integers& sizes) {
   return text.str();
 }
 
-// torch's stable interface has no quantised types and throws where it meets one.
-inline ScalarType dtype_of(const Tensor& tensor) {
-  try {
-    return tensor.scalar_type();
-  } catch (const std::exception&) {
-    int32_t number = -1;
-    aoti_torch_get_dtype(tensor.get(), &number);
-    return static_cast<ScalarType>(number);
-  }
-}
+// ---- the check of a tensor ----------------------------------------------------------------------
 
-// As Python writes it.
-inline std::string dtype_name(ScalarType type) {
-  switch (type) {
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Char:
-      return "int8";
-    case ScalarType::Short:
-      return "int16";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::ComplexHalf:
-      return "complex32";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    case ScalarType::ComplexDouble:
-      return "complex128";
-    default: {
-      std::string name = torch::headeronly::toString(type);
-      for (char& letter : name) letter = char(std::tolower(letter));
-      return name;
-    }
-  }
-}
+// The types of elements that the table tells apart.
+enum class Type : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kInt32, kBool, kOther };
 
-inline std::string device_name(const Tensor& tensor) {
-  using torch::headeronly::DeviceType;
-  const torch::stable::Device device = tensor.device();
-  const DeviceType type = device.type();
-  if (type == DeviceType::CPU) return "cpu";
-  const std::string name = type == DeviceType::CUDA   ? "cuda"
-                           : type == DeviceType::Meta ? "meta"
-                           : type == DeviceType::XPU  ? "xpu"
-                           : type == DeviceType::MPS  ? "mps"
-                                                      : "device type " + std::to_string(int(type));
-  return device.index() < 0 ? name : name + ":" + std::to_string(device.index());
-}
-
-inline const char* layout_name(torch::headeronly::Layout layout) {
-  using torch::headeronly::Layout;
-  switch (layout) {
-    case Layout::Strided:
-      return "strided";
-    case Layout::Sparse:
-      return "sparse_coo";
-    case Layout::SparseCsr:
-      return "sparse_csr";
-    case Layout::SparseCsc:
-      return "sparse_csc";
-    case Layout::SparseBsr:
-      return "sparse_bsr";
-    case Layout::SparseBsc:
-      return "sparse_bsc";
-    case Layout::Mkldnn:
-      return "_mkldnn";
-    default:
-      return "jagged";
-  }
-}
-
-// ---- the check
-// -----------------------------------------------------------------------------------
+// What the checks ask of a tensor:
+//   void check_is_dense(const Tensor&, const char* name)  that there is one, and of which layout
+//   Type type(const Tensor&), std::string type_name(const Tensor&)
+//   bool is_on_host(const Tensor&), bool has_same_device(const Tensor&, const Tensor&)
+//   std::string device_name(const Tensor&)
+//   sizes(const Tensor&), with size() and []
+//   void check_extent(const Tensor&, const char* name)  that what it reaches can be read
+template <class Tensor>
+struct Access;
 
 // What is known of a call, from the arguments checked so far.
+template <class Tensor>
 struct Known {
   const Tensor* value = nullptr;
   bool ragged = false;                                            // num_points was given
@@ -231,7 +154,8 @@ struct Known {
 };
 
 // Whether an axis may be so long. A letter that is not yet known becomes known.
-inline bool check_axis(Axis axis, int64_t size, Known& known) {
+template <class Tensor>
+bool check_axis(Axis axis, int64_t size, Known<Tensor>& known) {
   switch (axis) {
     case k2:
       return size == 2;
@@ -248,7 +172,8 @@ inline bool check_axis(Axis axis, int64_t size, Known& known) {
 }
 
 // "(B, Q, M * D) = (2, 5, 12)", as far as the numbers are known.
-inline std::string expected_shape(const Shape& shape, const Known& known) {
+template <class Tensor>
+std::string expected_shape(const Shape& shape, const Known<Tensor>& known) {
   std::string numbers;
   for (int i = 0; i < shape.rank; ++i) {
     const Axis axis = shape.axes[i];
@@ -267,76 +192,48 @@ inline std::string expected_shape(const Shape& shape, const Known& known) {
   return shape.letters() + " = (" + numbers + (shape.rank == 1 ? ",)" : ")");
 }
 
-// The bytes of its storage that a tensor reaches, from the first on.
-inline bool reaches(const Tensor& tensor, int64_t* bytes) {
-  int64_t last = tensor.storage_offset();
-  const auto sizes = tensor.sizes(), strides = tensor.strides();
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    int64_t step;
-    if (__builtin_mul_overflow(sizes[i] - 1, strides[i], &step) ||
-        __builtin_add_overflow(last, step, &last)) {
-      return false;
-    }
-  }
-  return !__builtin_add_overflow(last, 1, &last) &&
-         !__builtin_mul_overflow(last, int64_t(tensor.element_size()), bytes);
-}
-
-// What a tensor reads must lie in its storage: that may have been freed or shortened since.
-inline void check_extent(const Tensor& tensor, const char* name) {
-  if (tensor.numel() == 0) return;
-  int64_t storage = 0, bytes = 0;
-  MSDA_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage) == AOTI_TORCH_SUCCESS, name,
-             " must have a storage, got a tensor without");
-  const bool fits = reaches(tensor, &bytes) && bytes <= storage;
-  MSDA_CHECK(fits, name, " must lie within its storage, got a tensor that reaches ", bytes,
-             " bytes into a storage of ", storage);
-}
-
-inline bool has_dtype(const Tensor& tensor, DTypes dtypes, const Known& known) {
-  const ScalarType type = dtype_of(tensor);
+template <class Tensor>
+bool has_dtype(const Tensor& tensor, DTypes dtypes, const Known<Tensor>& known) {
+  const Type type = Access<Tensor>::type(tensor);
   switch (dtypes) {
     case DTypes::kFloat:
-      return type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Half ||
-             type == ScalarType::BFloat16;
+      return type <= Type::kBFloat16;
     case DTypes::kInteger:
-      return type == ScalarType::Long || type == ScalarType::Int;
+      return type == Type::kInt64 || type == Type::kInt32;
     case DTypes::kBool:
-      return type == ScalarType::Bool;
+      return type == Type::kBool;
     case DTypes::kOfValue:
-      return type == known.value->scalar_type();
+      return type == Access<Tensor>::type(*known.value);
   }
   return false;
 }
 
 // Checks a tensor against its row of the table. Those that its row refers to must have been before.
-inline void check(const Tensor& tensor, const Argument& argument, Known& known) {
+template <class Tensor>
+void check(const Tensor& tensor, const Argument& argument, Known<Tensor>& known) {
+  using A = Access<Tensor>;
   const char* const name = argument.name;
-  MSDA_CHECK(tensor.defined(), name, " must be a Tensor, got NoneType");
-  int32_t layout = -1;
-  aoti_torch_get_layout(tensor.get(), &layout);
-  MSDA_CHECK(layout == aoti_torch_layout_strided(), name,
-             " must be a dense tensor, got one of layout ", layout_name(tensor.layout()));
+  A::check_is_dense(tensor, name);
   const bool of_value = argument.dtypes == DTypes::kOfValue;
-  MSDA_CHECK(has_dtype(tensor, argument.dtypes, known), name, " must ",
-             kDTypeRules[int(argument.dtypes)],
-             of_value ? " (" + dtype_name(known.value->scalar_type()) + ")" : "", ", got ",
-             dtype_name(dtype_of(tensor)));
+  MSDA_CHECK(
+      has_dtype(tensor, argument.dtypes, known), name, " must ", kDTypeRules[int(argument.dtypes)],
+      of_value ? " (" + A::type_name(*known.value) + ")" : "", ", got ", A::type_name(tensor));
   if (argument.place != Place::kAny) {
     const bool may_be_on_host = argument.place == Place::kHostOrWithValue;
-    MSDA_CHECK((may_be_on_host && tensor.is_cpu()) || tensor.device() == known.value->device(),
-               name, " must ", kPlaceRules[int(argument.place)], " (", device_name(*known.value),
-               "), got a tensor on ", device_name(tensor));
+    MSDA_CHECK(
+        (may_be_on_host && A::is_on_host(tensor)) || A::has_same_device(tensor, *known.value), name,
+        " must ", kPlaceRules[int(argument.place)], " (", A::device_name(*known.value),
+        "), got a tensor on ", A::device_name(tensor));
   }
   const Shape& shape = known.ragged ? argument.ragged_shape : argument.shape;
-  const auto sizes = tensor.sizes();
+  const auto& sizes = A::sizes(tensor);
   bool fits = int(sizes.size()) == shape.rank;
   if (fits) {
     for (int i = 0; i < shape.rank; ++i) fits &= check_axis(shape.axes[i], sizes[i], known);
   }
   MSDA_CHECK(fits, name, " must have shape ", expected_shape(shape, known), ", got ",
              to_string(sizes));
-  check_extent(tensor, name);
+  A::check_extent(tensor, name);
 }
 
 }  // namespace msda

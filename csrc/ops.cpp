@@ -12,6 +12,8 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/Layout.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -20,6 +22,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <cctype>
 #include <cstring>
 #include <iomanip>
 #include <new>
@@ -31,7 +34,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 #include <utility>
 #include <vector>
 
-#include "arguments.h"
+#include "call.h"
 #include "cpu/kernels.h"
 #include "cuda/kernels.h"
 #include "problem.h"
@@ -39,6 +42,8 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 namespace msda {
 namespace {
 
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using OptionalSizes = std::optional<Sizes>;  // AOTInductor passes nothing for an empty list
 
 const Sizes& or_none(const OptionalSizes& sizes) {
@@ -71,6 +76,88 @@ Array mutable_array(const Tensor& tensor) {
 // A gradient that is not wanted has an empty tensor.
 Gradient gradient_array(const Tensor& tensor, bool is_wanted) {
   return {mutable_array(tensor), is_wanted};
+}
+
+// ---- what messages say of a tensor
+// ---------------------------------------------------------------
+
+// torch's stable interface has no quantised types and throws where it meets one.
+ScalarType dtype_of(const Tensor& tensor) {
+  try {
+    return tensor.scalar_type();
+  } catch (const std::exception&) {
+    int32_t number = -1;
+    aoti_torch_get_dtype(tensor.get(), &number);
+    return static_cast<ScalarType>(number);
+  }
+}
+
+// As Python writes it.
+std::string dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default: {
+      std::string name = torch::headeronly::toString(type);
+      for (char& letter : name) letter = char(std::tolower(letter));
+      return name;
+    }
+  }
+}
+
+std::string device_name(const Tensor& tensor) {
+  using torch::headeronly::DeviceType;
+  const torch::stable::Device device = tensor.device();
+  const DeviceType type = device.type();
+  if (type == DeviceType::CPU) return "cpu";
+  const std::string name = type == DeviceType::CUDA   ? "cuda"
+                           : type == DeviceType::Meta ? "meta"
+                           : type == DeviceType::XPU  ? "xpu"
+                           : type == DeviceType::MPS  ? "mps"
+                                                      : "device type " + std::to_string(int(type));
+  return device.index() < 0 ? name : name + ":" + std::to_string(device.index());
+}
+
+const char* layout_name(torch::headeronly::Layout layout) {
+  using torch::headeronly::Layout;
+  switch (layout) {
+    case Layout::Strided:
+      return "strided";
+    case Layout::Sparse:
+      return "sparse_coo";
+    case Layout::SparseCsr:
+      return "sparse_csr";
+    case Layout::SparseCsc:
+      return "sparse_csc";
+    case Layout::SparseBsr:
+      return "sparse_bsr";
+    case Layout::SparseBsc:
+      return "sparse_bsc";
+    case Layout::Mkldnn:
+      return "_mkldnn";
+    default:
+      return "jagged";
+  }
 }
 
 // ---- memory -------------------------------------------------------------------------------------
@@ -164,94 +251,22 @@ bool is_aligned(const Tensor& tensor, size_t bytes) {
 }
 
 // The tensor itself where it is contiguous: asking torch's dispatcher would take a microsecond. The
-// CPU kernels read it wherever it lies, those on CUDA only whole elements.
-Tensor dense(const Tensor& tensor, const char* name) {
-  if (tensor.is_contiguous()) {
-    const bool is_readable = tensor.is_cpu() || is_aligned(tensor, tensor.element_size());
-    return is_readable ? tensor : aligned_copy(tensor, name);
-  }
-  return in_memory(name, " once more, without gaps", tensor, sizes_of(tensor), tensor.scalar_type(),
-                   [&] { return torch::stable::contiguous(tensor); });
+// CPU kernels read it wherever it lies, those on CUDA only whole elements, or pairs of them.
+Tensor dense(const Tensor& tensor, const char* name, bool in_pairs = false) {
+  const auto is_readable = [&](const Tensor& given) {
+    return given.is_cpu() || is_aligned(given, (in_pairs ? 2 : 1) * given.element_size());
+  };
+  if (tensor.is_contiguous()) return is_readable(tensor) ? tensor : aligned_copy(tensor, name);
+  const Tensor copy =
+      in_memory(name, " once more, without gaps", tensor, sizes_of(tensor), tensor.scalar_type(),
+                [&] { return torch::stable::contiguous(tensor); });
+  return is_readable(copy) ? copy : aligned_copy(copy, name);
 }
 
 Tensor converted(const Tensor& tensor, const char* name, ScalarType type) {
   if (tensor.scalar_type() == type) return tensor;
   return in_memory(name, "", tensor, sizes_of(tensor), type,
                    [&] { return torch::stable::to(tensor, type); });
-}
-
-// The elements of an integer tensor on the CPU.
-Sizes read_integers(const Tensor& tensor, const char* name) {
-  const Tensor given = dense(tensor, name);
-  Sizes numbers(given.numel());
-  const auto* const bytes = static_cast<const char*>(given.const_data_ptr());
-  for (size_t i = 0; i < numbers.size(); ++i) {
-    if (given.scalar_type() == ScalarType::Long) {
-      std::memcpy(&numbers[i], bytes + 8 * i, 8);
-    } else {
-      int32_t number;
-      std::memcpy(&number, bytes + 4 * i, 4);
-      numbers[i] = number;
-    }
-  }
-  return numbers;
-}
-
-// ---- checks -------------------------------------------------------------------------------------
-
-// From here on float32 does not hold every integer.
-constexpr int64_t kMaxSide = int64_t(1) << 24;
-
-// What every form of the operator takes.
-struct Pyramid {
-  const Tensor& value;
-  const Sizes& spatial_shapes;  // H0, W0, H1, ...; empty if given as a tensor
-  const std::optional<Tensor>& spatial_shapes_tensor;  // (L, 2)
-  const std::optional<Tensor>& level_start_index;      // (L)
-  const Sizes& num_points;                             // (L); empty if the same for all levels
-};
-
-// A problem with the tensors that its pointers point into.
-struct Call {
-  Problem problem{};
-  std::vector<Level> levels;
-  std::vector<Tensor> kept;
-  Known known;
-
-  const Tensor& keep(const Tensor& tensor, const Argument& argument) {
-    kept.push_back(dense(tensor, argument.name));
-    return kept.back();
-  }
-
-  // The same for numbers that CUDA kernels read in pairs, which must be aligned to pairs.
-  const Tensor& keep_pairs(const Tensor& tensor, const Argument& argument) {
-    const Tensor& kept_tensor = keep(tensor, argument);
-    const bool is_readable =
-        kept_tensor.is_cpu() || is_aligned(kept_tensor, 2 * kept_tensor.element_size());
-    return is_readable ? kept_tensor : kept.back() = aligned_copy(kept_tensor, argument.name);
-  }
-};
-
-// Whether the sizes of the levels are known to the GPU alone. They are then neither read nor
-// checked here.
-bool shapes_are_on_gpu(const Pyramid& pyramid) {
-  return pyramid.spatial_shapes_tensor && !pyramid.spatial_shapes_tensor->is_cpu();
-}
-
-// All numbers are 0 where the GPU alone knows them.
-Sizes read_spatial_shapes(const Pyramid& pyramid, Known& known) {
-  if (!pyramid.spatial_shapes_tensor) {
-    MSDA_CHECK(pyramid.spatial_shapes.size() % 2 == 0,
-               "spatial_shapes must hold (height, width) pairs, got ",
-               pyramid.spatial_shapes.size(), " numbers");
-    known[kL] = pyramid.spatial_shapes.size() / 2;
-    return pyramid.spatial_shapes;
-  }
-  MSDA_CHECK(pyramid.spatial_shapes.empty(),
-             "spatial_shapes must be given as numbers or as a tensor, got both");
-  const Tensor& shapes = *pyramid.spatial_shapes_tensor;
-  check(shapes, kSpatialShapes, known);
-  return shapes.is_cpu() ? read_integers(shapes, kSpatialShapes.name) : Sizes(2 * known[kL], 0);
 }
 
 #ifndef MSDA_WITH_CUDA
@@ -262,134 +277,100 @@ std::string& cuda_remedy() {
 }
 #endif
 
-// Checks value and the pyramid's metadata and fills in all sizes but those of queries and points.
-void read_pyramid(const Pyramid& pyramid, Call& call) {
-  const Tensor& value = pyramid.value;
-  Known& known = call.known;
-  known.value = &value;
-  known.ragged = !pyramid.num_points.empty();
-  check(value, kValue, known);
+}  // namespace
+
+// ---- what the checks ask of a tensor ------------------------------------------------------------
+
+template <>
+struct Access<Tensor> {
+  static Type type(const Tensor& tensor) {
+    switch (dtype_of(tensor)) {
+      case ScalarType::Float:
+        return Type::kFloat32;
+      case ScalarType::Double:
+        return Type::kFloat64;
+      case ScalarType::Half:
+        return Type::kFloat16;
+      case ScalarType::BFloat16:
+        return Type::kBFloat16;
+      case ScalarType::Long:
+        return Type::kInt64;
+      case ScalarType::Int:
+        return Type::kInt32;
+      case ScalarType::Bool:
+        return Type::kBool;
+      default:
+        return Type::kOther;
+    }
+  }
+
+  static std::string type_name(const Tensor& tensor) { return dtype_name(dtype_of(tensor)); }
+
+  static void check_is_dense(const Tensor& tensor, const char* name) {
+    MSDA_CHECK(tensor.defined(), name, " must be a Tensor, got NoneType");
+    int32_t layout = -1;
+    aoti_torch_get_layout(tensor.get(), &layout);
+    MSDA_CHECK(layout == aoti_torch_layout_strided(), name,
+               " must be a dense tensor, got one of layout ", layout_name(tensor.layout()));
+  }
+
+  static bool is_on_host(const Tensor& tensor) { return tensor.is_cpu(); }
+  static bool has_same_device(const Tensor& one, const Tensor& other) {
+    return one.device() == other.device();
+  }
+  static std::string device_name(const Tensor& tensor) { return msda::device_name(tensor); }
+  static auto sizes(const Tensor& tensor) { return tensor.sizes(); }
+
+  // The bytes of its storage that a tensor reaches, from the first on.
+  static bool reaches(const Tensor& tensor, int64_t* bytes) {
+    int64_t last = tensor.storage_offset();
+    const auto sizes = tensor.sizes(), strides = tensor.strides();
+    for (size_t i = 0; i < sizes.size(); ++i) {
+      int64_t step;
+      if (__builtin_mul_overflow(sizes[i] - 1, strides[i], &step) ||
+          __builtin_add_overflow(last, step, &last)) {
+        return false;
+      }
+    }
+    return !__builtin_add_overflow(last, 1, &last) &&
+           !__builtin_mul_overflow(last, int64_t(tensor.element_size()), bytes);
+  }
+
+  // What a tensor reads must lie in its storage: that may have been freed or shortened since.
+  static void check_extent(const Tensor& tensor, const char* name) {
+    if (tensor.numel() == 0) return;
+    int64_t storage = 0, bytes = 0;
+    MSDA_CHECK(aoti_torch_get_storage_size(tensor.get(), &storage) == AOTI_TORCH_SUCCESS, name,
+               " must have a storage, got a tensor without");
+    const bool fits = reaches(tensor, &bytes) && bytes <= storage;
+    MSDA_CHECK(fits, name, " must lie within its storage, got a tensor that reaches ", bytes,
+               " bytes into a storage of ", storage);
+  }
+
+  static void check_device(const Tensor& value) {
 #ifdef MSDA_WITH_CUDA
-  MSDA_CHECK(value.is_cpu() || value.is_cuda(),
-             "value must be on the CPU or on a CUDA device, got ", "a tensor on ",
-             device_name(value));
+    MSDA_CHECK(value.is_cpu() || value.is_cuda(),
+               "value must be on the CPU or on a CUDA device, got ", "a tensor on ",
+               device_name(value));
 #else
-  MSDA_CHECK(
-      !value.is_cuda(), "value must be on the CPU, got a tensor on ", device_name(value),
-      ": this build of msda has no CUDA kernels. MSDA_BACKEND=reference does without, slowly; ",
-      cuda_remedy());
-  MSDA_CHECK(value.is_cpu(), "value must be on the CPU, got a tensor on ", device_name(value));
+    MSDA_CHECK(!value.is_cuda(), "value must be on the CPU, got a tensor on ",
+               msda::device_name(value),
+               ": this build of msda has no CUDA kernels. MSDA_BACKEND=reference does without, "
+               "slowly; ",
+               cuda_remedy());
+    MSDA_CHECK(value.is_cpu(), "value must be on the CPU, got a tensor on ",
+               msda::device_name(value));
 #endif
-  int64_t channels;
-  MSDA_CHECK(!__builtin_mul_overflow(known[kM], known[kD], &channels),
-             "value must hold fewer than 2^63 channels, got ", to_string(value.sizes()));
-  Problem& problem = call.problem;
-  problem.batch = known[kB];
-  problem.num_keys = known[kS];
-  problem.num_heads = known[kM];
-  problem.head_dim = known[kD];
-  problem.value = const_array(call.keep(value, kValue));
-
-  const Sizes shapes = read_spatial_shapes(pyramid, known);
-  problem.num_levels = known[kL];
-  MSDA_CHECK(problem.num_levels > 0, "spatial_shapes must hold at least one level, got none");
-  const bool on_host = !shapes_are_on_gpu(pyramid);
-  MSDA_CHECK(!known.ragged || int64_t(pyramid.num_points.size()) == problem.num_levels,
-             "num_points must hold one count per level (", problem.num_levels, "), got ",
-             to_string(pyramid.num_points));
-  Sizes starts;
-  int64_t start = 0;
-  for (int64_t l = 0; l < problem.num_levels; ++l) {
-    const int64_t height = shapes[2 * l], width = shapes[2 * l + 1];
-    MSDA_CHECK(!on_host || (height > 0 && width > 0), "spatial_shapes must be positive, got ",
-               to_string(shapes));
-    MSDA_CHECK(std::max(height, width) <= kMaxSide || value.scalar_type() == ScalarType::Double,
-               "spatial_shapes must be at most 2^24 on a side, where float32 coordinates end, got ",
-               to_string(shapes));
-    const int64_t points = known.ragged ? pyramid.num_points[l] : 0;
-    MSDA_CHECK(points >= 0, "num_points must not be negative, got ", to_string(pyramid.num_points));
-    call.levels.push_back({height, width, start, points});
-    starts.push_back(start);
-    int64_t pixels;
-    const bool overflows = __builtin_mul_overflow(height, width, &pixels) ||
-                           __builtin_add_overflow(start, pixels, &start);
-    MSDA_CHECK(!overflows, "spatial_shapes must cover the S = ", problem.num_keys,
-               " keys of value, got 2^63 pixels or more: ", to_string(shapes));
   }
-  problem.levels = call.levels.data();
-  MSDA_CHECK(!on_host || start == problem.num_keys,
-             "spatial_shapes must cover the S = ", problem.num_keys, " keys of value, got ", start,
-             " pixels: ", to_string(shapes));
 
-  // The start of a level follows from the shapes: where both are on the CPU it is checked, else it
-  // is not read.
-  if (!pyramid.level_start_index) return;
-  check(*pyramid.level_start_index, kLevelStartIndex, known);
-  if (on_host && pyramid.level_start_index->is_cpu()) {
-    const Sizes given = read_integers(*pyramid.level_start_index, kLevelStartIndex.name);
-    MSDA_CHECK(given == starts, "level_start_index must be the running sum of height * width, ",
-               to_string(starts), ", got ", to_string(given));
+  static Tensor dense(const Tensor& tensor, const char* name, bool in_pairs) {
+    return msda::dense(tensor, name, in_pairs);
   }
-}
+  static const void* data(const Tensor& tensor) { return tensor.const_data_ptr(); }
+  static ConstArray array(const Tensor& tensor) { return const_array(tensor); }
+};
 
-// Checks the per-sample tensors and fills in the sizes of queries and points.
-void read_samples(const Pyramid& pyramid, const Tensor& points, const Argument& points_row,
-                  const Tensor& weights, const Argument& weights_row, Call& call) {
-  Problem& problem = call.problem;
-  Known& known = call.known;
-  check(points, points_row, known);
-  if (known.ragged) {
-    int64_t rest = known[kK];
-    for (const Level& level : call.levels)
-      rest = level.num_points <= rest ? rest - level.num_points : -1;
-    MSDA_CHECK(rest == 0, "num_points must sum to the K = ", known[kK], " samples of ",
-               points_row.name, ", got ", to_string(pyramid.num_points));
-  } else {
-    MSDA_CHECK(!__builtin_mul_overflow(known[kL], known[kP], &known[kK]), points_row.name,
-               " must hold fewer than 2^63 samples, got ", to_string(points.sizes()));
-    for (Level& level : call.levels) level.num_points = known[kP];
-  }
-  check(weights, weights_row, known);
-  problem.num_queries = known[kQ];
-  problem.num_samples = known[kK];
-  problem.points = const_array(call.keep_pairs(points, points_row));
-  problem.weights = const_array(call.keep(weights, weights_row));
-}
-
-Call plain_call(const Pyramid& pyramid, const Tensor& sampling_locations,
-                const Tensor& attention_weights, bool nearest) {
-  Call call;
-  read_pyramid(pyramid, call);
-  read_samples(pyramid, sampling_locations, kSamplingLocations, attention_weights,
-               kAttentionWeights, call);
-  call.problem.nearest = nearest;
-  call.problem.is_fused = false;
-  return call;
-}
-
-Call fused_call(const Pyramid& pyramid, const Tensor& reference_points,
-                const Tensor& sampling_offsets, const Tensor& attention_logits,
-                const std::optional<Tensor>& padding_mask) {
-  Call call;
-  read_pyramid(pyramid, call);
-  read_samples(pyramid, sampling_offsets, kSamplingOffsets, attention_logits, kAttentionLogits,
-               call);
-  Problem& problem = call.problem;
-
-  check(reference_points, kReferencePoints, call.known);
-  problem.is_fused = true;
-  problem.reference = const_array(call.keep_pairs(reference_points, kReferencePoints));
-  problem.reference_levels = reference_points.size(2);
-  problem.reference_size = reference_points.size(3);
-
-  if (padding_mask) {
-    check(*padding_mask, kPaddingMask, call.known);
-    problem.has_padding_mask = true;
-    problem.padding_mask =
-        static_cast<const uint8_t*>(call.keep(*padding_mask, kPaddingMask).const_data_ptr());
-  }
-  return call;
-}
+namespace {
 
 // The type in which the gradients of a value are summed.
 ScalarType sum_type(const Tensor& value) {
@@ -397,10 +378,6 @@ ScalarType sum_type(const Tensor& value) {
 }
 
 // ---- CPU ----------------------------------------------------------------------------------------
-
-// The least work that is worth waking a thread for, in samples times channels: some 70 us of
-// forward where an encoder of 91 million takes 48 ms on one thread.
-constexpr int64_t kMinWorkPerThread = 1 << 17;
 
 // torch's parallel_for, with exceptions handed through: torch would name only the call that failed.
 template <class F>
@@ -416,14 +393,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   MSDA_CHECK(missing == 0, "the scratch space of the CPU kernels must fit into memory, got ",
              amount(double(missing.load())),
              " for each thread: DefaultCPUAllocator: can't allocate memory");
-}
-
-int64_t grain_size(int64_t work_per_item) {
-  return std::max<int64_t>(1, kMinWorkPerThread / std::max<int64_t>(1, work_per_item));
-}
-
-int64_t work_per_query_and_head(const Problem& problem) {
-  return problem.num_samples * std::max<int64_t>(problem.head_dim, 16);
 }
 
 void run_forward_cpu(const Problem& problem, const ForwardOutputs& outputs) {
@@ -490,7 +459,7 @@ void run_backward_cpu(const Problem& problem, const BackwardInputs& inputs,
 
 // Runs f(CudaCall) with value's device as the current one.
 template <class F>
-void with_cuda(const Call& call, const Pyramid& pyramid, const F& f) {
+void with_cuda(const Call<Tensor>& call, const Pyramid<Tensor>& pyramid, const F& f) {
   // Weak: a torch without CUDA has no such symbol, and loads this library all the same.
   MSDA_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
              "value must be on the CPU, got a CUDA tensor: this torch has no CUDA");
@@ -554,7 +523,7 @@ void run_backward_cuda(const Problem& problem, const BackwardInputs& inputs,
 
 // ---- either -------------------------------------------------------------------------------------
 
-Tensor run_forward(const Call& call, const Pyramid& pyramid) {
+Tensor run_forward(const Call<Tensor>& call, const Pyramid<Tensor>& pyramid) {
   const Problem& problem = call.problem;
   const Tensor output =
       new_empty(kOutput.name, pyramid.value,
@@ -576,8 +545,8 @@ Tensor ms_deform_attn(const Tensor& value, OptionalSizes spatial_shapes,
                       std::optional<Tensor> spatial_shapes_tensor,
                       std::optional<Tensor> level_start_index, const Tensor& sampling_locations,
                       const Tensor& attention_weights, OptionalSizes num_points, bool nearest) {
-  const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
-                        or_none(num_points)};
+  const Pyramid<Tensor> pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor,
+                                level_start_index, or_none(num_points)};
   return run_forward(plain_call(pyramid, sampling_locations, attention_weights, nearest), pyramid);
 }
 
@@ -586,8 +555,8 @@ Tensor ms_deform_attn_fused(const Tensor& value, OptionalSizes spatial_shapes,
                             std::optional<Tensor> level_start_index, const Tensor& reference_points,
                             const Tensor& sampling_offsets, const Tensor& attention_logits,
                             OptionalSizes num_points, std::optional<Tensor> padding_mask) {
-  const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
-                        or_none(num_points)};
+  const Pyramid<Tensor> pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor,
+                                level_start_index, or_none(num_points)};
   return run_forward(
       fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask),
       pyramid);
@@ -609,9 +578,10 @@ Tensor sum_of_gradients(const Tensor& value, bool wanted) {
 }
 
 // gradients: those that outputs points into, grad_value first.
-void run_backward(const Call& call, const Pyramid& pyramid, const Tensor& grad_output,
-                  const std::optional<Tensor>& output, const BackwardOutputs& outputs,
-                  std::vector<Tensor> gradients, bool deterministic) {
+void run_backward(const Call<Tensor>& call, const Pyramid<Tensor>& pyramid,
+                  const Tensor& grad_output, const std::optional<Tensor>& output,
+                  const BackwardOutputs& outputs, std::vector<Tensor> gradients,
+                  bool deterministic) {
   const Problem& problem = call.problem;
   if (!outputs.has_wanted()) return;
   if (grad_output.numel() == 0 || problem.num_samples == 0) {
@@ -637,9 +607,9 @@ std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
     std::optional<Tensor> spatial_shapes_tensor, std::optional<Tensor> level_start_index,
     const Tensor& sampling_locations, const Tensor& attention_weights, OptionalSizes num_points,
     bool nearest, bool needs_value, bool needs_locations, bool needs_weights, bool deterministic) {
-  const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
-                        or_none(num_points)};
-  Call call = plain_call(pyramid, sampling_locations, attention_weights, nearest);
+  const Pyramid<Tensor> pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor,
+                                level_start_index, or_none(num_points)};
+  Call<Tensor> call = plain_call(pyramid, sampling_locations, attention_weights, nearest);
   check(grad_output, kGradOutput, call.known);
   const Tensor dense_grad_output = dense(grad_output, kGradOutput.name);
   const Tensor grad_value = sum_of_gradients(value, needs_value);
@@ -663,9 +633,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
     const Tensor& sampling_offsets, const Tensor& attention_logits, OptionalSizes num_points,
     std::optional<Tensor> padding_mask, bool needs_value, bool needs_reference, bool needs_offsets,
     bool needs_logits, bool deterministic) {
-  const Pyramid pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor, level_start_index,
-                        or_none(num_points)};
-  Call call =
+  const Pyramid<Tensor> pyramid{value, or_none(spatial_shapes), spatial_shapes_tensor,
+                                level_start_index, or_none(num_points)};
+  Call<Tensor> call =
       fused_call(pyramid, reference_points, sampling_offsets, attention_logits, padding_mask);
   check(grad_output, kGradOutput, call.known);
   MSDA_CHECK(output || !value.is_cuda(), kOutput.name, " must be given on CUDA, got None");

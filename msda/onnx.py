@@ -1,4 +1,4 @@
-"""Translations of the operator for ``torch.onnx.export``: standard ONNX, or TensorRT's plugin.
+"""Translations of the operator for ``torch.onnx.export``: standard ONNX, our node, or TensorRT's.
 
 In standard ONNX each level is one GridSample (bilinear) or one GatherElements (nearest), whose
 samples are weighted and summed. This is the definition in :mod:`msda.reference`, but for NaN and
@@ -27,12 +27,16 @@ TARGETS = ("onnx", "tensorrt")
 PLUGIN_NAME = "MultiscaleDeformableAttnPlugin_TRT"
 # Where ONNX Runtime looks for plugins. TensorRT's own parser goes by the name alone.
 PLUGIN_DOMAIN = "trt.plugins"
+# Our own nodes: csrc/runtimes and msda.openvino bring them to runtimes.
+NODES = ("msda",)
+NODE_DOMAIN, NODE_VERSION = "msda", 1
+PLAIN_NODE, FUSED_NODE = "MSDeformAttn", "MSDeformAttnFused"
 
 op: Any = opset18  # the exporter's own operators are written in it, and converted where need be
 
 
 def translations(
-    target: str = "onnx", *, plugin_version: str = "1"
+    target: str = "onnx", *, as_node: str | None = None, plugin_version: str = "1"
 ) -> dict[Callable[..., Any], Callable[..., Any]]:
     """Make the ``custom_translation_table`` of ``torch.onnx.export`` for models that use msda.
 
@@ -40,6 +44,9 @@ def translations(
         target: "onnx": standard operators, of opset 18 or newer. "tensorrt": each call of the
             operator becomes one node MultiscaleDeformableAttnPlugin_TRT, which TensorRT brings
             along; it takes neither levels with different numbers of points nor "nearest".
+        as_node: with target "onnx": "msda" makes each call of the operator one node, MSDeformAttn
+            or MSDeformAttnFused of the domain "msda", for runtimes that have been given our
+            kernels (see docs/runtimes.md); None, the default, standard operators.
         plugin_version: with "tensorrt", version of the plugin: "1" exists since TensorRT 8.4.1,
             "2" since 10.11.
 
@@ -48,7 +55,8 @@ def translations(
         reference, whose operators the exporter knows.
 
     Raises:
-        ValueError: the target is unknown, or it is "tensorrt" where msda runs its reference.
+        ValueError: target or as_node is unknown; they do not go together; or a node is asked for
+            where msda runs its reference.
 
     Example:
         >>> attention = msda.MSDeformAttn(n_levels=1).eval()
@@ -59,7 +67,14 @@ def translations(
     """
     if target not in TARGETS:
         raise ValueError(f"target must be one of {TARGETS}, got {target!r}")
+    if as_node is not None and (as_node not in NODES or target != "onnx"):
+        raise ValueError(f"as_node must be None or, for 'onnx', one of {NODES}, got {as_node!r}")
     if ops.BACKEND != "native":
+        if as_node is not None:
+            raise ValueError(
+                f"as_node must be None where msda runs its reference ({ops.BACKEND_REASON}), "
+                f"got {as_node!r}"
+            )
         if target == "tensorrt":
             raise ValueError(
                 f"target must be 'onnx' where msda runs its reference ({ops.BACKEND_REASON}), "
@@ -85,6 +100,16 @@ def translations(
     ) -> Any:
         dtype = _sum_dtype(value)
         counts = _points_per_level(sampling_locations, num_points)
+        if as_node is not None:
+            return _node(
+                PLAIN_NODE,
+                value,
+                _shapes(spatial_shapes, spatial_shapes_tensor),
+                _cast(sampling_locations, dtype),
+                _cast(attention_weights, dtype),
+                num_points=num_points,
+                nearest=nearest,
+            )
         return attend(
             _Call(
                 given_value=value,
@@ -112,6 +137,17 @@ def translations(
         dtype = _sum_dtype(value)
         counts = _points_per_level(sampling_offsets, num_points)
         shapes = _shapes(spatial_shapes, spatial_shapes_tensor)
+        if as_node is not None:
+            floats = reference_points, sampling_offsets, attention_logits
+            masks = [] if padding_mask is None else [padding_mask]
+            return _node(
+                FUSED_NODE,
+                value,
+                shapes,
+                *[_cast(tensor, dtype) for tensor in floats],
+                *masks,
+                num_points=num_points,
+            )
         values = _cast(value, dtype)
         if padding_mask is not None:
             mask = op.Unsqueeze(padding_mask, [2, 3])  # (B, S, 1, 1)
@@ -276,6 +312,60 @@ def _read_nearest(keys: Any, size: Any, location: Any, head_dim: int, dtype: ir.
     key = op.Expand(op.Reshape(key, [0, 1, -1]), [1, head_dim, 1])  # (N, D, P * Q)
     sampled = op.GatherElements(keys, key, axis=2)
     return op.Reshape(sampled, [0, 0, op.Shape(location, start=1, end=2), -1])
+
+
+# ---- our own nodes -------------------------------------------------------------------------------
+
+
+def _node_op(name: str) -> Op:
+    """A node as the exporter has to know an operator: T is the type of value, R that of sums."""
+    parameter = defs.OpSchema.FormalParameter
+    reals = {
+        PLAIN_NODE: ("sampling_locations", "attention_weights"),
+        FUSED_NODE: ("reference_points", "sampling_offsets", "attention_logits"),
+    }[name]
+    inputs = [parameter("value", "T"), parameter("spatial_shapes", "tensor(int64)")]
+    inputs += [parameter(real, "R") for real in reals]
+    attributes = [
+        defs.OpSchema.Attribute("num_points", defs.OpSchema.AttrType.INTS, required=False)
+    ]
+    if name == FUSED_NODE:
+        option = defs.OpSchema.FormalParameterOption.Optional
+        inputs.append(parameter("padding_mask", "tensor(bool)", param_option=option))
+    else:
+        attributes.append(
+            defs.OpSchema.Attribute("nearest", defs.OpSchema.AttrType.INT, required=False)
+        )
+    wide = ["tensor(float)", "tensor(double)"]
+    narrow = ["tensor(float16)", "tensor(bfloat16)"]
+    schema = defs.OpSchema(
+        name,
+        NODE_DOMAIN,
+        NODE_VERSION,
+        inputs=inputs,
+        outputs=[parameter("output", "T")],
+        type_constraints=[("T", wide + narrow, ""), ("R", wide, "")],
+        attributes=attributes,
+    )
+    return Op(Opset(NODE_DOMAIN, NODE_VERSION), name, schema)
+
+
+def _node(
+    name: str, value: Any, *others: Any, num_points: list[int], nearest: bool | None = None
+) -> Any:
+    """One node for a call: (B, Q, M * D). Attributes that say nothing new are left out."""
+    attributes: dict[str, Any] = {}
+    if num_points:
+        attributes["num_points"] = list(num_points)
+    if nearest:
+        attributes["nearest"] = 1
+    output = _node_op(name)(value, *others, **attributes)
+    # No shape inference knows the node.
+    batch, _, num_heads, head_dim = value.shape
+    num_queries = others[2 if name == FUSED_NODE else 1].shape[1]
+    output.shape = ir.Shape([batch, num_queries, num_heads * head_dim])
+    output.dtype = value.dtype
+    return output
 
 
 # ---- TensorRT ------------------------------------------------------------------------------------
