@@ -72,11 +72,19 @@ demo: build/installed.stamp
 quickstart: build/installed.stamp
 	$(RUN) examples/quickstart.py
 
-# What the tests run without torch: the CUDA kernels on the CPU, and the CPU kernels on random problems.
+# OpenVINO's CMake folder where the package is installed; ONNX Runtime's headers are on no index.
+OPENVINO_CMAKE := from importlib.util import find_spec as find; from pathlib import Path; \
+  print(Path(find('openvino').origin).parent / 'cmake' if find('openvino') else '')
+MSDA_ONNXRUNTIME_INCLUDE ?=
+
+# What the tests run without torch: the CUDA kernels on the CPU, the CPU kernels on random problems, and
+# the operator for other runtimes.
 executor: build/installed.stamp
 	$(FOR_THIS_MACHINE) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON -DMSDA_FUZZ=ON \
+	  -DOpenVINO_DIR="$$($(RUN) -c "$(OPENVINO_CMAKE)")" \
+	  -DMSDA_ONNXRUNTIME_INCLUDE="$(MSDA_ONNXRUNTIME_INCLUDE)" \
 	  -DPython3_EXECUTABLE=$$($(RUN) -c "import sys; print(sys.executable)")
-	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor kernels_fuzz
+	cmake --build $(MSDA_BUILD_DIR) --target cuda_executor kernels_fuzz runtimes
 
 test: executor
 	set -e; workers=$$($(RUN) -c "$(SIDE_BY_SIDE)"); \
