@@ -65,7 +65,14 @@ class _Attention(Op):  # type: ignore[misc]
     def evaluate(self, outputs: list[Any], inputs: list[Any]) -> bool:
         value, samples = inputs[0].shape, inputs[self.samples].shape
         outputs[0].shape = [value[0], samples[1], value[2] * value[3]]
-        self.compute([_array(tensor) for tensor in inputs], _array(outputs[0]))
+        output = _array(outputs[0])
+        try:
+            self.compute([_array(tensor) for tensor in inputs], output)
+        except BaseException:
+            # With one thread, OpenVINO 2026.4 drops what a synchronous inference raises: let
+            # nothing pass for a result then. All bits set are a NaN of every type.
+            output.view(np.uint8).fill(0xFF)
+            raise
         return True
 
     def compute(self, inputs: list[Array], output: Array) -> None:
