@@ -92,7 +92,7 @@ test: executor
 	for capability in $$($(RUN) -c "$(OTHER_CAPABILITIES)"); do \
 	  MSDA_CPU_CAPABILITY=$$capability $(RUN) -m pytest -q $$workers $(KERNEL_TESTS); done
 
-bench: build/installed.stamp
+bench: executor
 	$(RUN) benchmarks/bench_operator.py --output $(BENCH)/operator.json
 	$(RUN) benchmarks/bench_capabilities.py --output $(BENCH)/capabilities.json
 	$(RUN) benchmarks/bench_fused.py --output $(BENCH)/fused.json
@@ -102,6 +102,7 @@ bench: build/installed.stamp
 	$(RUN) benchmarks/bench_cpu.py --output $(BENCH)/cpu.json
 	$(RUN) benchmarks/bench_paper.py --output $(BENCH)/paper.json
 	$(RUN) benchmarks/bench_transformers.py --output $(BENCH)/transformers.json
+	$(RUN) benchmarks/bench_runtimes.py --output $(BENCH)/runtimes.json
 	$(RUN) benchmarks/plots.py --results $(dir $(BENCH))
 
 convergence: build/installed.stamp

@@ -313,6 +313,40 @@ def transformers_table() -> str:
     return "\n\n".join(parts) or NO_TRANSFORMERS_FIGURE
 
 
+NO_RUNTIMES_FIGURE = (
+    "No figure of these exists yet: `python benchmarks/bench_runtimes.py --output "
+    "benchmarks/results/<machine>/runtimes.json` measures them."
+)
+
+
+def runtimes_table() -> str:
+    """Every committed runtimes.json, one table per machine; or that there is none yet."""
+    parts = []
+    for path in sorted(RESULTS.glob("*/runtimes.json")):
+        results = json.loads(path.read_text())
+        machine = results["machine"]
+        lines = [
+            f"OpenVINO {machine['openvino'].split('-')[0]}, ONNX Runtime {machine['onnxruntime']}, "
+            f"{cpu_heading(path, results)}",
+            "",
+            "| model | in | threads | ms (quartiles) | against standard operators "
+            "| relative error | share of the operator |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in results["rows"]:
+            lower, upper = row["quartiles_ms"]
+            ratio, error, share = row["ratio"], row["error"], row["operator_share"]
+            lines.append(
+                f"| {row['model']} | {row['side']} | {row['threads']} "
+                f"| {row['ms']:.2f} ({lower:.2f} to {upper:.2f}) "
+                f"| {'-' if ratio is None else f'**{ratio:.2f}x**'} "
+                f"| {'-' if error is None else f'{error:.0e}'} "
+                f"| {'-' if share is None else f'{share:.0%}'} |"
+            )
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or NO_RUNTIMES_FIGURE
+
+
 NO_GPU_FIGURE = (
     "No GPU figure exists yet: `make gpu` on a machine with a CUDA device measures them "
     "and writes the files that this block is made from."
@@ -787,6 +821,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
         "cpu": cpu_table,
         "paper": paper_table,
     },
+    "docs/runtimes.md": {"runtimes": runtimes_table},
     "docs/cuda.md": {"hits": hits_table, "traffic": traffic_table},
 }
 
