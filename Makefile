@@ -147,7 +147,7 @@ compat: $(REQUIREMENTS)
 	MSDA_CUDA=0 $(RUN) tests/compat.py $(COMPAT)
 
 clean:
-	rm -rf build dist out msda.egg-info msda/libmsda.* $(VENV)
+	rm -rf build dist out msda.egg-info msda/include msda/libmsda.* msda/libmsda_cpu.* $(VENV)
 
 build/installed.stamp: $(REQUIREMENTS) $(NATIVE)
 	$(FOR_THIS_MACHINE) $(RUN) -m pip install -q --no-build-isolation --no-deps -e .

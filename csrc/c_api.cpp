@@ -6,11 +6,13 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <system_error>
 #include <thread>
+#include <vector>
 
 #include "msda.h"
-#ifdef _OPENMP
-#include <omp.h>
+#ifdef __linux__
+#include <sched.h>
 #endif
 
 #include "call.h"
@@ -172,25 +174,34 @@ thread_local std::string last_error;
 
 // ---- the loop -----------------------------------------------------------------------------------
 
-int machine_threads() {
-  const unsigned threads = std::thread::hardware_concurrency();
-  return threads == 0 ? 1 : int(threads);
+// The processors that this process may run on.
+int available_threads() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1, int(std::thread::hardware_concurrency()));
 }
 
-int own_threads() {
-#ifdef _OPENMP
-  return omp_get_max_threads();
-#else
-  return 1;
-#endif
+int default_threads() {
+  const char* const wanted = std::getenv("OMP_NUM_THREADS");
+  const int threads = wanted == nullptr ? 0 : std::atoi(wanted);
+  return threads > 0 ? threads : available_threads();
 }
 
-void own_loop(void* pool, int64_t num_tasks, msda_task task, void* state) {
-  (void)pool;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(int(num_tasks)) schedule(static)
-#endif
-  for (int64_t i = 0; i < num_tasks; ++i) task(state, i);
+// One task for each thread, of which the caller's is one. They are made for the call: that takes
+// some 20 us each, where a task takes 70 or more, and leaves nothing behind that waits busily or
+// does not survive a fork. A task whose thread cannot be made runs here.
+void own_loop(void*, int64_t num_tasks, msda_task task, void* state) {
+  std::vector<std::thread> threads;
+  threads.reserve(num_tasks - 1);
+  int64_t next = 0;
+  try {
+    for (; next < num_tasks - 1; ++next) threads.emplace_back(task, state, next);
+  } catch (const std::system_error&) {
+  }
+  for (; next < num_tasks; ++next) task(state, next);
+  for (std::thread& thread : threads) thread.join();
 }
 
 struct Work {
@@ -219,9 +230,7 @@ void run_forward(const Problem& problem, const ForwardOutputs& outputs,
                  const msda_options& options) {
   const int64_t num_rows = problem.batch * problem.num_heads * problem.num_queries;
   const int64_t grain = grain_size(work_per_query_and_head(problem));
-  const int wanted = options.num_threads > 0   ? options.num_threads
-                     : options.loop != nullptr ? machine_threads()
-                                               : own_threads();
+  const int wanted = options.num_threads > 0 ? options.num_threads : default_threads();
   const int64_t num_tasks = std::min<int64_t>(wanted, (num_rows + grain - 1) / grain);
   Work work{problem, outputs, cpu_kernels(), num_rows, num_tasks};
   if (num_tasks == 1) {
@@ -330,7 +339,7 @@ int msda_ms_deform_attn_fused(const msda_tensor* value, const msda_tensor* spati
 
 const char* msda_last_error(void) { return msda::last_error.c_str(); }
 
-int msda_num_threads(void) { return msda::own_threads(); }
+int msda_num_threads(void) { return msda::default_threads(); }
 
 const char* msda_version(void) { return MSDA_VERSION; }
 

@@ -73,9 +73,9 @@ typedef struct msda_options {
                               // have an axis K in place of L and P. Null: P points in each level
   int64_t num_counts;
   int32_t nearest;      // not 0: interpolation="nearest"; of the plain form only
-  int32_t num_threads;  // at most so many tasks at once; 0: as many as OpenMP would take
-                        // (OMP_NUM_THREADS), or as the machine has where `loop` is given
-  msda_loop loop;       // null: OpenMP, or one thread in a build without it
+  int32_t num_threads;  // at most so many tasks at once; 0: OMP_NUM_THREADS of the environment, or
+                        // as many as there are processors for this process
+  msda_loop loop;       // null: threads that are made for the call
   void* pool;           // handed to loop
 } msda_options;
 
@@ -118,7 +118,7 @@ MSDA_API int msda_ms_deform_attn_fused(const msda_tensor* value, const msda_tens
 // this thread's next failure; "" before the first.
 MSDA_API const char* msda_last_error(void);
 
-// The threads that a call takes where neither num_threads nor a loop is given.
+// The threads that a call takes where num_threads is 0.
 MSDA_API int msda_num_threads(void);
 
 // "0.1.0", and the table of arguments, a line each.

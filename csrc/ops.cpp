@@ -353,13 +353,11 @@ struct Access<Tensor> {
                "value must be on the CPU or on a CUDA device, got ", "a tensor on ",
                device_name(value));
 #else
-    MSDA_CHECK(!value.is_cuda(), "value must be on the CPU, got a tensor on ",
-               msda::device_name(value),
-               ": this build of msda has no CUDA kernels. MSDA_BACKEND=reference does without, "
-               "slowly; ",
-               cuda_remedy());
-    MSDA_CHECK(value.is_cpu(), "value must be on the CPU, got a tensor on ",
-               msda::device_name(value));
+    MSDA_CHECK(
+        !value.is_cuda(), "value must be on the CPU, got a tensor on ", device_name(value),
+        ": this build of msda has no CUDA kernels. MSDA_BACKEND=reference does without, slowly; ",
+        cuda_remedy());
+    MSDA_CHECK(value.is_cpu(), "value must be on the CPU, got a tensor on ", device_name(value));
 #endif
   }
 

@@ -101,7 +101,7 @@ def ms_deform_attn(
         num_points: one count for each level; locations are then (B, Q, M, K, 2) and weights
             (B, Q, M, K) with K = sum(num_points), levels in order.
         interpolation: "bilinear" or "nearest", as in ``msda.ms_deform_attn``.
-        num_threads: at most so many threads; 0 takes OpenMP's number (OMP_NUM_THREADS).
+        num_threads: at most so many threads; 0 takes OMP_NUM_THREADS, or all processors.
         output: (B, Q, M * D) contiguous, of the dtype of ``value``, which the result is written
             to; None makes one.
 

@@ -159,7 +159,7 @@ def register(core: openvino.Core, library: str | None = None, *, num_threads: in
         library: path of libmsda_openvino as ``csrc/runtimes`` builds it, whose nodes are then used;
             ``core.add_extension(path)`` is all that this does. None: those of this module.
         num_threads: at most so many threads in a node of this module, of this process; 0 takes
-            OpenMP's number (OMP_NUM_THREADS). A library asks OpenVINO.
+            OMP_NUM_THREADS, or all processors. A library asks OpenVINO.
 
     Example:
         >>> core = openvino.Core()

@@ -36,7 +36,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NEWEST_GLIBC = (2, 28)
-MAY_NEED = {"libtorch.so", "libtorch_cpu.so", "libc.so.6", "libm.so.6"}
+# The libraries of the wheel, and what each may need beside the C and C++ libraries.
+LIBRARIES = {"libmsda.so": {"libtorch.so", "libtorch_cpu.so"}, "libmsda_cpu.so": set()}
+MAY_NEED = {"libc.so.6", "libm.so.6"}
 MAY_NEED |= {"libstdc++.so.6", "libgcc_s.so.1"}  # auditwheel allows them: every torch brings them
 MAY_NEED |= {"ld-linux-x86-64.so.2", "ld-linux-aarch64.so.1"}  # the loader itself
 TOOLCHAIN = """set(CMAKE_SYSTEM_NAME Linux)
@@ -235,8 +237,9 @@ def finish(arch: str, wheel: Path, scratch: Path, output: Path) -> Path:
     folder = scratch / "unpacked"
     run(sys.executable, "-m", "wheel", "unpack", "-d", folder, wheel)
     (package,) = folder.iterdir()
-    lowered = lower_glibc(package / "msda" / "libmsda.so", c_libraries(arch))
-    print(f"older versions for {len(lowered)} functions of a glibc newer than manylinux allows")
+    for name in LIBRARIES:
+        lowered = lower_glibc(package / "msda" / name, c_libraries(arch))
+        print(f"{name}: older versions for {len(lowered)} functions of a newer glibc")
     run(sys.executable, "-m", "wheel", "pack", "-d", scratch, package)
     (packed,) = scratch.glob("*.whl")
     command = [sys.executable, "-m", "auditwheel", "repair", "--plat", "auto", "--only-plat"]
@@ -251,10 +254,16 @@ def finish(arch: str, wheel: Path, scratch: Path, output: Path) -> Path:
 
 def report(wheel: Path, scratch: Path) -> None:
     """Tell what is in the wheel and what it asks of a system; end where that is too much."""
+    shutil.unpack_archive(wheel, scratch / "final", "zip")
+    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes")
+    for name in LIBRARIES:
+        report_library(scratch / "final" / "msda" / name)
+
+
+def report_library(library: Path) -> None:
+    """The same of one library in it."""
     from elftools.elf.elffile import ELFFile
 
-    shutil.unpack_archive(wheel, scratch / "final", "zip")
-    library = scratch / "final" / "msda" / "libmsda.so"
     with open(library, "rb") as file:
         elf = ELFFile(file)
         tags = list(elf.get_section_by_name(".dynamic").iter_tags())
@@ -269,17 +278,18 @@ def report(wheel: Path, scratch: Path) -> None:
             elif name:
                 wanted.setdefault(versions.get(number_of(index), "of any version"), []).append(name)
         is_stripped = elf.get_section_by_name(".symtab") is None
-    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, libmsda.so {library.stat().st_size:,}")
+    print(f"{library.name}: {library.stat().st_size:,} bytes")
     print(f"needs {', '.join(sorted(needed))}")
     for version in sorted(wanted, key=lambda name: (name.split("_")[0], version_of(name), name)):
         print(f"  {version}: {' '.join(sorted(wanted[version]))}")
     print(f"exports {' '.join(sorted(exported))}")
-    if needed - MAY_NEED:
-        stop(f"the library must need nothing beyond torch, C and C++, got {needed - MAY_NEED}")
+    extra = needed - MAY_NEED - LIBRARIES[library.name]
+    if extra:
+        stop(f"{library.name} must need nothing beyond torch, C and C++, got {extra}")
     if paths or not is_stripped:
-        stop("the library must be stripped and have no run path, got one that is not so")
+        stop(f"{library.name} must be stripped and have no run path, got one that is not so")
     if any(not name.startswith("msda_") for name in exported):
-        stop(f"the library must export msda_* alone, got {exported}")
+        stop(f"{library.name} must export msda_* alone, got {exported}")
 
 
 def main() -> int:
