@@ -239,6 +239,8 @@ class BuildWithCMake(build_ext):
             ["--build", str(build_dir), *parallel_options()],
             ["--install", str(build_dir), "--prefix", str(package_dir)],
         )
+        if getattr(self, "editable_mode", False):  # setuptools copies the extension alone
+            steps += (["--install", str(build_dir), "--prefix", str(ROOT / "msda")],)
         for step in steps:
             if subprocess.run(["cmake", *step], env=environment).returncode != 0:
                 stop(
