@@ -55,7 +55,8 @@ OTHER_CAPABILITIES := import msda; i = msda.info(); \
 # Test files side by side, one on each core, where pytest-xdist is installed.
 SIDE_BY_SIDE := from importlib.util import find_spec; import os; \
   print(f'-n {os.cpu_count()} --dist loadfile' if find_spec('xdist') else '')
-export MSDA_BUILD_DIR := build/cmake
+# Absolute: what tests start in other folders must find it, too.
+export MSDA_BUILD_DIR := $(abspath build/cmake)
 # CUDA kernels, which take minutes to compile, where a GPU can run them: code for every GPU, some of it
 # compiled when it is loaded, instead of ready-made code for each, as a package has.
 MSDA_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)

@@ -168,7 +168,7 @@ def build_environment(device: str, found_capability: str) -> dict[str, str]:
     told = {
         "MSDA_CUDA": "1" if device == "cuda" else "0",
         # A folder of its own: CMake keeps earlier answers.
-        "MSDA_BUILD_DIR": f"build/gpu-{device}",
+        "MSDA_BUILD_DIR": str(ROOT / "build" / f"gpu-{device}"),
     }
     if device == "cuda" and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         told["TORCH_CUDA_ARCH_LIST"] = found_capability
