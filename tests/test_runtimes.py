@@ -1,5 +1,7 @@
 """Our nodes in OpenVINO and ONNX Runtime: the operator's numbers, in models of any size."""
 
+import os
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -200,6 +202,24 @@ def test_a_node_refuses_in_the_words_of_the_operator(load):
     with pytest.raises(Exception, match="spatial_shapes must cover the S = 59 keys of value, got"):
         run((value[:, 1:], *arguments[1:]))
     assert_close(run(arguments)[0], expected, 0)
+
+
+def test_threads_of_nodes_in_python_are_not_pinned_to_one_processor(monkeypatch, tmp_path):
+    pytest.importorskip("openvino")
+    import msda.openvino
+
+    seen = []
+    compute = msda.openvino.MSDeformAttn.compute
+
+    def watched(node, inputs, output):
+        seen.append(os.sched_getaffinity(0))
+        compute(node, inputs, output)
+
+    monkeypatch.setattr(msda.openvino.MSDeformAttn, "compute", watched)
+    inputs = make_inputs(SHAPES, **SIZES)
+    program = export_nodes(Calls([(inputs, {})]), ([tensors_of(inputs)],))
+    InOpenVINO(program, tmp_path / "m.onnx", None, threads=2)(tensors_of(inputs))
+    assert seen == [os.sched_getaffinity(0)]
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "openvino_library"])
