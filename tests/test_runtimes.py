@@ -204,22 +204,38 @@ def test_a_node_refuses_in_the_words_of_the_operator(load):
     assert_close(run(arguments)[0], expected, 0)
 
 
-def test_threads_of_nodes_in_python_are_not_pinned_to_one_processor(monkeypatch, tmp_path):
+@pytest.fixture
+def watched_openvino(monkeypatch, tmp_path):
+    """What a node in Python was called with: its processors, and where its arrays lie."""
     pytest.importorskip("openvino")
     import msda.openvino
 
-    seen = []
+    calls = []
     compute = msda.openvino.MSDeformAttn.compute
 
     def watched(node, inputs, output):
-        seen.append(os.sched_getaffinity(0))
+        arrays = [array.ctypes.data for array in (*inputs, output)]
+        calls.append((os.sched_getaffinity(0), set(arrays)))
         compute(node, inputs, output)
 
     monkeypatch.setattr(msda.openvino.MSDeformAttn, "compute", watched)
     inputs = make_inputs(SHAPES, **SIZES)
     program = export_nodes(Calls([(inputs, {})]), ([tensors_of(inputs)],))
-    InOpenVINO(program, tmp_path / "m.onnx", None, threads=2)(tensors_of(inputs))
-    assert seen == [os.sched_getaffinity(0)]
+    run = InOpenVINO(program, tmp_path / "m.onnx", None, threads=2)
+    arrays = [tensor.numpy() for tensor in tensors_of(inputs)]
+    outputs = run.compiled(arrays, share_inputs=True, share_outputs=True)
+    ((processors, addresses),) = calls
+    return processors, addresses, [*arrays, outputs[0]]
+
+
+def test_threads_of_nodes_in_python_are_not_pinned_to_one_processor(watched_openvino):
+    processors, _, _ = watched_openvino
+    assert processors == os.sched_getaffinity(0)
+
+
+def test_openvino_hands_over_memory_without_a_copy(watched_openvino):
+    _, addresses, arrays = watched_openvino
+    assert {array.ctypes.data for array in arrays} <= addresses
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "openvino_library"])
