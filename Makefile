@@ -45,11 +45,11 @@ else
 endif
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda_executor tests/cuda_executor/* tests/fuzz \
+FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda/executor tests/cuda/executor/* tests/fuzz \
   benchmarks, \
   $(foreach kind,h cpp cuh cu,$(folder)/*.$(kind))))
 # What must hold for every instruction set, not only the best one of this machine.
-KERNEL_TESTS := $(foreach name,forward backward special_numbers module,tests/test_$(name).py)
+KERNEL_TESTS := $(foreach name,forward backward special_numbers module,tests/operator/test_$(name).py)
 OTHER_CAPABILITIES := import msda; i = msda.info(); \
   print(*(set(i['cpu_capabilities_supported']) - {i['cpu_capability']}))
 # Test files side by side, one on each core, where pytest-xdist is installed.
@@ -133,19 +133,19 @@ lint: $(REQUIREMENTS)
 	$(RUN) -m mypy
 
 machine-code: $(REQUIREMENTS)
-	$(RUN) tests/machine_code.py check --arch sm_90
+	$(RUN) -m tests.cuda.machine_code check --arch sm_90
 
 memory-traffic: executor
-	$(RUN) tests/memory_traffic.py check
+	$(RUN) -m tests.cuda.memory_traffic check
 
 wheel: $(REQUIREMENTS)
-	env -u MSDA_BUILD_DIR $(RUN) tests/release.py --arch $(ARCH)
+	env -u MSDA_BUILD_DIR $(RUN) tests/packaging/build_release.py --arch $(ARCH)
 
 abi: $(REQUIREMENTS)
-	$(RUN) tests/abi.py $(if $(WHEEL),--wheel $(WHEEL)) $(ABI_PYTHON:%=--python %) $(ABI_TORCH)
+	$(RUN) tests/packaging/try_versions.py $(if $(WHEEL),--wheel $(WHEEL)) $(ABI_PYTHON:%=--python %) $(ABI_TORCH)
 
 compat: $(REQUIREMENTS)
-	MSDA_CUDA=0 $(RUN) tests/compat.py $(COMPAT)
+	MSDA_CUDA=0 $(RUN) -m tests.integrations.compatibility $(COMPAT)
 
 clean:
 	rm -rf build dist out msda.egg-info msda/include msda/libmsda.* msda/libmsda_cpu.* $(VENV)

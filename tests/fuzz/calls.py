@@ -16,10 +16,10 @@ from random import Random
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
-import seeds
-from conftest import (
+from msda.testing import TOLERANCES, FusedInputs, Inputs, make_fused_inputs, make_inputs
+from tests.conftest import (
     OPERATOR,
     REFERENCE,
     call,
@@ -30,8 +30,8 @@ from conftest import (
     to_pixels,
     with_points,
 )
-from msda.testing import TOLERANCES, FusedInputs, Inputs, make_fused_inputs, make_inputs
-from seeds import Wrong
+from tests.fuzz import seeds
+from tests.fuzz.seeds import Wrong
 
 SPECIALS = (float("nan"), float("inf"), float("-inf"), 0.0)
 FAR_OUTSIDE = 6e4  # a point that no map reaches; float16 holds it

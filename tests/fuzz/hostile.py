@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import msda
-import seeds
-from conftest import REFERENCE, compute_gradients, names_of, random_like_output
 from msda.testing import FusedInputs, Inputs, make_fused_inputs, make_inputs, relative_error
-from seeds import Wrong
+from tests.conftest import REFERENCE, compute_gradients, names_of, random_like_output
+from tests.fuzz import seeds
+from tests.fuzz.seeds import Wrong
 
 OUR_REFUSAL = re.compile(r"[a-z_]+ must .+, got .+", re.DOTALL)
 # What the dispatcher says before it comes to us.
@@ -315,7 +315,7 @@ def require_right(target: str, arguments: Arguments, results: Any) -> None:
 
 def compute_expected(inputs: Any, given: Arguments, options: Arguments) -> list[Tensor | None]:
     """The output, or the gradients with None for those that are not wanted."""
-    from conftest import call as call_either
+    from tests.conftest import call as call_either
 
     if "grad_output" not in given:
         return [call_either(REFERENCE, inputs, **options)]

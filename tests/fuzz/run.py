@@ -332,7 +332,7 @@ def sanitize(options: argparse.Namespace) -> list[Tally]:
         )
     )
     if not options.quick:
-        paths = [ROOT / "tests" / f"test_{name}.py" for name in OPERATOR_TESTS]
+        paths = [ROOT / "tests" / "operator" / f"test_{name}.py" for name in OPERATOR_TESTS]
         tallies.append(run_tests(f"{memory}: tests of the operator", paths, variables))
         tallies.append(sanitize_cuda_kernels(f"{memory}: CUDA kernels on the CPU"))
     return tallies
@@ -379,11 +379,13 @@ def run_tests(what: str, arguments: Sequence[str | Path], variables: dict[str, s
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", "--tb=short"]
     command += ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, *arguments]
-    environment = os.environ | variables
+    # Python imports from the working folder first: msda from there, and the tests from ROOT.
+    command += ["-o", "pythonpath="]
+    folder = variables.get("PYTHONPATH", str(ROOT))
     done = subprocess.run(
         list(map(str, command)),
-        env=environment,
-        cwd=environment.get("PYTHONPATH", ROOT),  # the first place that Python imports from
+        env=os.environ | variables | {"PYTHONPATH": os.pathsep.join([folder, str(ROOT)])},
+        cwd=folder,
         capture_output=True,
         text=True,
     )
@@ -400,8 +402,8 @@ def run_tests(what: str, arguments: Sequence[str | Path], variables: dict[str, s
 
 def sanitize_cuda_kernels(what: str) -> Tally:
     """All tests of the CUDA kernels that the sanitized executor runs, in its own environment."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import executor
+    sys.path.append(str(ROOT))
+    from tests.helpers import executor
 
     build_executor = ["cmake", "-S", ROOT, "-B", executor.BUILD, "-G", "Ninja"]
     build_executor += ["-DMSDA_CUDA_EXECUTOR=ON", f"-DPython3_EXECUTABLE={sys.executable}"]
@@ -409,7 +411,7 @@ def sanitize_cuda_kernels(what: str) -> Tally:
     target = ["cmake", "--build", executor.BUILD, "--target", "cuda_executor"]
     subprocess.run(target, check=True, capture_output=True)
     variables = executor.sanitized_environment()
-    tests = [ROOT / "tests" / "test_cuda_kernels.py"]
+    tests = [ROOT / "tests" / "cuda" / "test_kernels.py"]
     return run_tests(what, tests, {name: variables[name] for name in variables})
 
 

@@ -1,0 +1,691 @@
+"""`use_msda` finds the core of a model in every form in which libraries call it, and says so."""
+
+import copy
+import functools
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import nn
+
+import msda
+from msda import forms, register_core, report, undo, use_msda
+from tests.conftest import assert_close, assert_same_bits
+from tests.integrations.plain_attention import as_maps, attend, bilinear, discrete
+
+B, Q, M, D, L, P = 2, 5, 2, 4, 2, 3
+WIDE = [(3, 7), (2, 5)]  # wider than high
+S = 31
+
+
+# ---- stand-ins for the libraries' cores, in their layouts ----------------------------------------
+
+
+def plain(value, value_spatial_shapes, sampling_locations, attention_weights):
+    """kornia's and RT-DETR v1's; `ms_deform_attn_core_pytorch` in Deformable DETR's kin."""
+    shapes = [(int(height), int(width)) for height, width in value_spatial_shapes]
+    locations, weights = sampling_locations.unbind(3), attention_weights.unbind(3)
+    return attend(as_maps(value, shapes), locations, weights)
+
+
+def flat(value, value_spatial_shapes, sampling_locations, attention_weights):
+    """ultralytics': levels and points share an axis."""
+    if sampling_locations.dim() != 5:
+        raise TypeError("rank 5")
+    split = sampling_locations.shape[3] // len(value_spatial_shapes)
+    maps = as_maps(value, value_spatial_shapes)
+    return attend(maps, sampling_locations.split(split, 3), attention_weights.split(split, 3))
+
+
+def channels_first(value, value_spatial_shapes, sampling_locations, attention_weights):
+    """LW-DETR's: sizes as a tensor, (B, M, D, S) values that are viewed as maps."""
+    num_levels, num_points = sampling_locations.shape[3:5]
+    sizes = (value_spatial_shapes[:, 0] * value_spatial_shapes[:, 1]).tolist()
+    shapes = value_spatial_shapes.tolist()
+    maps = [
+        part.view(*value.shape[:3], *shape)
+        for part, shape in zip(value.split(sizes, 3), shapes, strict=True)
+    ]
+    weights = attention_weights.unflatten(3, (num_levels, num_points)).unbind(3)
+    return attend(maps, sampling_locations.unbind(3), weights)
+
+
+def with_sizes(
+    value,
+    value_spatial_shapes,
+    sampling_locations,
+    attention_weights,
+    value_spatial_shapes_hw=None,
+):
+    """RF-DETR's, which its `export` calls with merged axes."""
+    if sampling_locations.dim() == 5:
+        split = (len(value_spatial_shapes_hw), -1)
+        sampling_locations = sampling_locations.unflatten(3, split)
+    if value_spatial_shapes_hw is not None:
+        value_spatial_shapes = torch.tensor(value_spatial_shapes_hw)
+    elif not isinstance(value_spatial_shapes, torch.Tensor):
+        value_spatial_shapes = torch.tensor(value_spatial_shapes)
+    return channels_first(value, value_spatial_shapes, sampling_locations, attention_weights)
+
+
+def ragged_of(maps, locations, weights, counts, method, by_height):
+    if method not in ("default", "discrete"):
+        raise UnboundLocalError(method)
+    sample = functools.partial(discrete, clamp_by_height=by_height)
+    sample = bilinear if method == "default" else sample
+    return attend(maps, locations.split(counts, 3), weights.split(counts, 3), sample)
+
+
+def ragged(
+    value,
+    value_spatial_shapes,
+    sampling_locations,
+    attention_weights,
+    num_points_list,
+    method="default",
+):
+    """RT-DETR v2's, whose 'discrete' clamps both coordinates by the height."""
+    maps = as_maps(value, value_spatial_shapes)
+    return ragged_of(
+        maps, sampling_locations, attention_weights, num_points_list, method, by_height=True
+    )
+
+
+def levels(
+    value,
+    value_spatial_shapes,
+    sampling_locations,
+    attention_weights,
+    num_points_list,
+    method="default",
+):
+    """D-FINE's: a (B, M, D, H * W) for each level."""
+    _, _, _, _ = value[0].shape
+    shapes = value_spatial_shapes
+    maps = [level.unflatten(-1, shape) for level, shape in zip(value, shapes, strict=True)]
+    return ragged_of(
+        maps, sampling_locations, attention_weights, num_points_list, method, by_height=True
+    )
+
+
+def either(
+    value,
+    value_spatial_shapes,
+    sampling_locations,
+    attention_weights,
+    num_points_list,
+    method="default",
+    value_shape="default",
+):
+    """DEIM's, for both decoders."""
+    core = {"default": levels, "reshape": ragged}[value_shape]
+    return core(
+        value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method
+    )
+
+
+# ---- stand-ins for the libraries' modules --------------------------------------------------------
+
+
+class Layer(nn.Module):
+    """The parameters that every such attention has; the core is called by `attend`."""
+
+    def __init__(self):
+        super().__init__()
+        self.sampling_offsets = nn.Linear(M * D, M * L * P * 2)
+        self.attention_weights = nn.Linear(M * D, M * L * P)
+        self.value_proj = nn.Linear(M * D, M * D)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, query, reference_points, memory, shapes):
+        value = self.value_proj(memory).unflatten(2, (M, D))
+        offsets = self.sampling_offsets(query).unflatten(2, (M, L, P, 2))
+        weights = self.attention_weights(query).unflatten(2, (M, L * P)).softmax(-1)
+        locations = reference_points[:, :, None, None, None] + offsets
+        return self.attend(value, shapes, locations, weights)
+
+
+class Global(Layer):
+    """kornia; OneFormer, LW-DETR and others on a CPU name the function otherwise."""
+
+    def attend(self, value, shapes, locations, weights):
+        return plain(value, shapes, locations, weights.unflatten(3, (L, P)))
+
+
+class Kept(Layer):
+    """RT-DETR v1."""
+
+    def __init__(self):
+        super().__init__()
+        self.ms_deformable_attn_core = plain
+
+    def attend(self, value, shapes, locations, weights):
+        return self.ms_deformable_attn_core(value, shapes, locations, weights.unflatten(3, (L, P)))
+
+
+class KeptUnderItsName(Layer):
+    """The attribute has the name of a global, which the method does not read."""
+
+    def __init__(self):
+        super().__init__()
+        self.plain = plain
+
+    def attend(self, value, shapes, locations, weights):
+        return self.plain(value, shapes, locations, weights.unflatten(3, (L, P)))
+
+
+def decorated(method):
+    """As mmcv's deprecated_api_warning and torch's own decorators are written."""
+
+    @functools.wraps(method)
+    def outer(*args, **kwargs):
+        return method(*args, **kwargs)
+
+    return outer
+
+
+class Decorated(Layer):
+    """mmcv, mmdet."""
+
+    @decorated
+    @decorated
+    def attend(self, value, shapes, locations, weights):
+        return plain(value, shapes, locations, weights.unflatten(3, (L, P)))
+
+
+class Flat(Layer):
+    def attend(self, value, shapes, locations, weights):
+        return flat(value, shapes, locations.flatten(3, 4), weights)
+
+
+class ChannelsFirst(Layer):
+    def attend(self, value, shapes, locations, weights):
+        value = value.transpose(1, 2).transpose(2, 3).contiguous()
+        return channels_first(value, torch.tensor(shapes), locations, weights)
+
+
+class WithSizes(Layer):
+    exported = False
+
+    def export(self):
+        self.exported = True
+
+    def attend(self, value, shapes, locations, weights):
+        value = value.permute(0, 2, 3, 1).contiguous()
+        locations = locations.flatten(3, 4) if self.exported else locations
+        sizes, tensor = shapes, torch.tensor(shapes)
+        return with_sizes(value, tensor, locations, weights, value_spatial_shapes_hw=sizes)
+
+
+class Ragged(Layer):
+    per_level = False
+
+    def __init__(self, method="default"):
+        super().__init__()
+        self.bound_core = functools.partial(ragged, method=method)
+
+    def attend(self, value, shapes, locations, weights):
+        if self.per_level:
+            sizes = [height * width for height, width in shapes]
+            value = value.permute(0, 2, 3, 1).split(sizes, -1)
+        return self.bound_core(value, shapes, locations.flatten(3, 4), weights, [2, 4])
+
+
+class Levels(Ragged):
+    per_level = True
+
+    def __init__(self, method="default"):
+        super().__init__()
+        self.bound_core = functools.partial(levels, method=method)
+
+
+class DeimLevels(Ragged):
+    per_level = True
+
+    def __init__(self):
+        super().__init__()
+        self.bound_core = functools.partial(either, method="default")
+
+
+class DeimTensor(Ragged):
+    def __init__(self, method="default"):
+        super().__init__()
+        self.bound_core = functools.partial(either, method=method, value_shape="reshape")
+
+
+class CallsWithMethod(Layer):
+    """As transformers calls it: the method is an attribute, and given in each call."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def attend(self, value, shapes, locations, weights):
+        return ragged(value, shapes, locations.flatten(3, 4), weights, [2, 4], self.method)
+
+
+FORMS = {
+    "kornia": (Global, "plain", "plain"),
+    "rt_detr_v1": (Kept, "ms_deformable_attn_core", "plain"),
+    "rt_detr_v1_own_name": (KeptUnderItsName, "plain", "plain"),
+    "mmcv": (Decorated, "plain", "plain"),
+    "ultralytics": (Flat, "flat", "flat points"),
+    "lw_detr": (ChannelsFirst, "channels_first", "channels first"),
+    "rf_detr": (WithSizes, "with_sizes", "channels first, exported"),
+    "rt_detr_v2": (Ragged, "bound_core", "ragged"),
+    "rt_detr_v2_discrete": (
+        functools.partial(Ragged, "discrete"),
+        "bound_core",
+        "ragged, clamped by height",
+    ),
+    "rt_detr_v2_global": (
+        functools.partial(CallsWithMethod, "discrete"),
+        "ragged",
+        "ragged, clamped by height",
+    ),
+    "d_fine": (Levels, "bound_core", "levels"),
+    "d_fine_discrete": (
+        functools.partial(Levels, "discrete"),
+        "bound_core",
+        "levels, clamped by height",
+    ),
+    "deim": (DeimLevels, "bound_core", "levels"),
+    "deim_rt_detr_v2": (DeimTensor, "bound_core", "ragged"),
+    "deim_rt_detr_v2_discrete": (
+        functools.partial(DeimTensor, "discrete"),
+        "bound_core",
+        "ragged, clamped by height",
+    ),
+}
+
+
+def model_of(layer):
+    torch.manual_seed(0)
+    return nn.ModuleList([layer(), layer()]).double()
+
+
+def inputs():
+    """Queries, points that reach beyond the map, keys; leaves."""
+    random = torch.Generator().manual_seed(1)
+
+    def rand(*size):
+        return torch.rand(size, generator=random, dtype=torch.float64)
+
+    points = rand(B, Q, 2) * 0.9 + 0.3  # so that many lie beyond the height of a wide map
+    return [x.requires_grad_() for x in (rand(B, Q, M * D), points, rand(B, S, M * D))]
+
+
+def run(model, shapes=WIDE):
+    """Output, and the gradients of inputs and parameters; zero where there is none."""
+    leaves = inputs()
+    output = sum(layer(*leaves, shapes) for layer in model)
+    leaves += list(model.parameters())
+    gradients = torch.autograd.grad(output.square().sum(), leaves, materialize_grads=True)
+    return output.detach(), *gradients
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The arguments of each call of ours."""
+    made, ours = [], forms.ms_deform_attn
+
+    def counted(*args, **options):
+        made.append(args)
+        return ours(*args, **options)
+
+    monkeypatch.setattr(forms, "ms_deform_attn", counted)
+    return made
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_model_of_each_form_computes_the_same_by_ours_until_it_is_undone(name, calls):
+    layer, core, form = FORMS[name]
+    model = model_of(layer)
+    expected = run(model)
+    assert not calls
+
+    assert use_msda(model) is model
+    before = report(model)
+    calls.clear()
+    actual = run(model)
+    assert len(calls) == 2
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_close(ours, theirs, 1e-12)
+    assert [(entry.module, entry.core, entry.form, entry.status) for entry in report(model)] == [
+        (str(number), core, form, "in place") for number in range(2)
+    ]
+    assert [entry.calls for entry in before] == [0, 0]
+    assert [entry.calls for entry in report(model)] == [1, 1]
+
+    undo(model)
+    calls.clear()
+    for again, theirs in zip(run(model), expected, strict=True):
+        assert_same_bits(again, theirs)
+    assert not calls and report(model) == []
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_copies_and_pickles_are_patched_and_count_for_themselves(name, calls):
+    model = use_msda(model_of(FORMS[name][0]))
+    expected = run(model)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [entry.calls for entry in report(other)] == [0, 0]
+        calls.clear()
+        for ours, theirs in zip(run(other), expected, strict=True):
+            assert_same_bits(ours, theirs)
+        assert len(calls) == 2
+        assert [entry.calls for entry in report(other)] == [1, 1]
+    assert [entry.calls for entry in report(model)] == [1, 1]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_patched_layer_of_each_form_compiles_into_one_graph(name):
+    torch.compiler.reset()  # all these layers share the code of one forward
+    layer = use_msda(model_of(FORMS[name][0]))[0]
+    expected = layer(*inputs(), WIDE)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert_close(compiled(*inputs(), WIDE), expected, 1e-12)
+
+
+def test_calls_from_many_threads_are_all_counted():
+    layer = use_msda(Global().double())
+    arguments = [x.detach() for x in inputs()]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: layer(*arguments, WIDE), range(200)))
+    assert [entry.calls for entry in (*report(layer), *report(layer))] == [200, 200]
+    assert layer._replicate_for_data_parallel() is not layer
+    layer._replicate_for_data_parallel()(*arguments, WIDE)  # as DataParallel runs it
+    assert report(layer)[0].calls == 201
+
+
+def test_counts_leave_nothing_behind_in_what_is_copied_or_undone():
+    layer = Global().double()
+    before = set(vars(layer))
+    use_msda(layer)(*inputs(), WIDE)
+    assert set(vars(copy.deepcopy(layer))) == set(vars(undo(layer))) == before
+
+
+def test_a_model_is_served_before_and_after_its_export(calls):
+    model = model_of(WithSizes)
+    expected = run(model)
+    use_msda(model)
+    for layer in model:
+        layer.export()
+    calls.clear()
+    for ours, theirs in zip(run(model), expected, strict=True):
+        assert_close(ours, theirs, 1e-12)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("shapes", [[(3, 7), (4, 3)], [(3, 3), (2, 2)]], ids=["wide", "square"])
+def test_discrete_differs_from_own_clamping_only_on_wide_maps(shapes):
+    layer = Ragged("discrete").double()
+    query, points, _ = inputs()
+    points = points.detach().clamp(max=0.7)  # theirs reads beyond a map that is higher than wide
+    memory = torch.rand(B, sum(h * w for h, w in shapes), M * D, dtype=torch.float64)
+    layer.sampling_offsets.weight.data.zero_()
+    layer.sampling_offsets.bias.data.zero_()
+    expected = layer(query, points, memory, shapes)
+    assert_close(use_msda(layer)(query, points, memory, shapes), expected, 1e-12)
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def one_pixel_off(
+    value,
+    value_spatial_shapes,
+    sampling_locations,
+    attention_weights,
+    num_points_list,
+    method="default",
+):
+    """Right but for 'discrete'."""
+    if method == "discrete":
+        sampling_locations = sampling_locations + 0.3
+    return ragged(
+        value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method
+    )
+
+
+class OnePixelOff(Ragged):
+    def __init__(self, method="default"):
+        super().__init__()
+        self.bound_core = functools.partial(one_pixel_off, method=method)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_core_of_each_form_that_computes_otherwise_is_refused(name, monkeypatch):
+    stretched = bilinear
+
+    def wrong(maps, locations, *args, **options):
+        return 1.01 * stretched(maps, locations)
+
+    monkeypatch.setitem(globals(), "bilinear", wrong)
+    monkeypatch.setattr("formulas.bilinear", wrong)
+    monkeypatch.setitem(globals(), "discrete", wrong)
+    monkeypatch.setattr(attend, "__defaults__", (wrong,))
+    layer, core, _ = FORMS[name]
+    model = model_of(layer)
+    classes = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=rf"^{core} of 0 must compute .* got a different output"):
+        use_msda(model)
+    assert [type(module) for module in model.modules()] == classes
+    entries = report(model)
+    assert [(entry.module, entry.core, entry.status) for entry in entries] == [
+        (str(number), core, "refused") for number in range(2)
+    ]
+    assert all("different output" in entry.reason for entry in entries)
+
+
+def test_only_the_method_that_a_model_uses_is_judged_and_a_refusal_names_it():
+    use_msda(OnePixelOff())
+    with pytest.raises(ValueError, match=r"^bound_core of OnePixelOff .* with method='discrete'"):
+        use_msda(OnePixelOff("discrete"))
+
+
+def test_a_method_that_was_not_compared_is_refused_when_it_is_used():
+    layer = use_msda(CallsWithMethod("default").double())
+    layer.method = "discrete"
+    with pytest.raises(ValueError, match=r"^method must be one of \('default',\), .*'discrete'"):
+        layer(*inputs(), WIDE)
+    assert report(layer)[0].calls == 0
+
+
+def test_models_with_different_methods_live_side_by_side():
+    models = [CallsWithMethod(method).double() for method in ("default", "discrete")]
+    expected = [model(*inputs(), WIDE) for model in models]
+    for model, exact in zip([use_msda(model) for model in models], expected, strict=True):
+        assert_close(model(*inputs(), WIDE), exact, 1e-12)
+
+
+def test_what_is_not_refused_can_be_replaced_alone(calls):
+    model = nn.ModuleList([Global(), OnePixelOff("discrete")]).double()
+    expected = run(model)
+    use_msda(model, strict=False)
+    calls.clear()
+    assert_close(run(model)[0], expected[0], 1e-12)
+    assert len(calls) == 1
+    printed = str(report(model)).splitlines()
+    assert printed[0] == "0  plain       in place  plain, used 1 times"
+    assert printed[1].startswith("1  bound_core  refused   bound_core of 1 must compute")
+    with pytest.raises(ValueError, match=r"^bound_core of 1"):
+        use_msda(model)
+
+
+# ---- compiled operators --------------------------------------------------------------------------
+
+
+class Operator(torch.autograd.Function):
+    """Written as around the compiled extensions; None where there is no such extension."""
+
+    extension = None
+
+    @staticmethod
+    def forward(
+        ctx,
+        value,
+        value_spatial_shapes,
+        value_level_start_index,
+        sampling_locations,
+        attention_weights,
+        im2col_step,
+    ):
+        given = (
+            value,
+            value_spatial_shapes,
+            value_level_start_index,
+            sampling_locations,
+            attention_weights,
+        )
+        ctx.save_for_backward(*given)
+        return Operator.extension.ms_deform_attn_forward(*given, im2col_step)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        gradients = Operator.extension.ms_deform_attn_backward(*ctx.saved_tensors, grad_output, 64)
+        return gradients[0], None, None, gradients[1], gradients[2], None
+
+
+class Tries(Layer):
+    """Falls back without a word, as Mask2Former and MaskDINO do."""
+
+    def attend(self, value, shapes, locations, weights):
+        weights = weights.unflatten(3, (L, P))
+        tensor, start = torch.tensor(shapes), torch.tensor([0, 21])
+        try:
+            return Operator.apply(value, tensor, start, locations, weights, 64)
+        except:  # noqa: E722
+            return plain(value, tensor, locations, weights)
+
+
+class OnlyOperator(Layer):
+    def attend(self, value, shapes, locations, weights):
+        tensor, start = torch.tensor(shapes), torch.tensor([0, 21])
+        return Operator.apply(value, tensor, start, locations, weights.unflatten(3, (L, P)), 64)
+
+
+def test_an_operator_that_does_not_run_is_left_alone_beside_a_core(calls):
+    model = model_of(Tries)
+    expected = run(model)
+    use_msda(model)
+    calls.clear()
+    for ours, theirs in zip(run(model), expected, strict=True):
+        assert_close(ours, theirs, 1e-12)
+    assert len(calls) == 2
+    assert [(entry.core, entry.status, entry.calls) for entry in report(model)] == [
+        ("plain", "in place", 1),
+        ("plain", "in place", 1),
+        ("Operator", "left alone", 0),
+        ("Operator", "left alone", 0),
+    ]
+
+
+def test_an_operator_alone_is_replaced_where_it_runs_and_refused_where_not(monkeypatch, calls):
+    model = model_of(OnlyOperator)
+    with pytest.raises(ValueError, match=r"^Operator of 0 must compute .* got AttributeError"):
+        use_msda(model)
+    import msda.drop_in as extension
+
+    monkeypatch.setattr(Operator, "extension", extension)
+    expected = run(model)
+    use_msda(model)
+    calls.clear()
+    for ours, theirs in zip(run(model), expected, strict=True):
+        assert_close(ours, theirs, 1e-12)
+    assert len(calls) == 2
+    assert [(entry.form, entry.calls) for entry in report(model)] == [("operator", 1)] * 2
+    undo(model)
+    extension.uninstall()
+
+
+# ---- a stranger's form ---------------------------------------------------------------------------
+
+
+def theirs(feats, sizes, points, probs):
+    """Maps (B, M * D, S) and points from -1 to 1."""
+    value = feats.permute(0, 2, 1).unflatten(2, (probs.shape[2], -1))
+    return plain(value, sizes, (points + 1) / 2, probs)
+
+
+class Stranger(Layer):
+    def attend(self, value, shapes, locations, weights):
+        feats = value.flatten(2).permute(0, 2, 1)
+        return theirs(feats, shapes, 2 * locations - 1, weights.unflatten(3, (L, P)))
+
+
+def adapter(feats, sizes, points, probs):
+    return dict(
+        value=feats.permute(0, 2, 1).unflatten(2, (probs.shape[2], -1)),
+        spatial_shapes=sizes,
+        sampling_locations=(points + 1) / 2,
+        attention_weights=probs,
+    )
+
+
+def example(value, spatial_shapes, sampling_locations, attention_weights):
+    return dict(
+        feats=value.flatten(2).permute(0, 2, 1),
+        sizes=spatial_shapes,
+        points=2 * sampling_locations - 1,
+        probs=attention_weights,
+    )
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The table of forms, restored after the test."""
+    monkeypatch.setattr(forms, "_FORMS", dict(forms._FORMS))
+
+
+def test_a_form_can_be_added(registry, calls):
+    model = model_of(Stranger)
+    with pytest.raises(ValueError, match=r"^0 must contain .* none was found"):
+        use_msda(model)
+    register_core("stranger", adapter, example)
+    expected = run(model)
+    use_msda(model)
+    calls.clear()
+    for ours, exact in zip(run(model), expected, strict=True):
+        assert_close(ours, exact, 1e-12)
+    assert len(calls) == 2
+    assert [entry.form for entry in report(model)] == ["stranger"] * 2
+    pickled = pickle.dumps(model)
+    assert type(pickle.loads(pickled)[0]) is type(model[0])
+    forms._FORMS.pop("stranger")
+    with pytest.raises(ValueError, match=r"must be given to msda\.register_core before"):
+        pickle.loads(pickled)
+
+
+def test_an_added_form_that_computes_otherwise_is_refused(registry):
+    def wrong(**arguments):
+        return adapter(**arguments) | dict(sampling_locations=arguments["points"])
+
+    def wrongly(feats, sizes, points, probs):
+        return wrong(feats=feats, sizes=sizes, points=points, probs=probs)
+
+    register_core("stranger", wrongly, example)
+    with pytest.raises(ValueError, match=r"^theirs of 0 must compute .* different output"):
+        use_msda(model_of(Stranger))
+
+
+def test_what_is_no_function_is_no_form():
+    with pytest.raises(TypeError, match=r"^adapter must be callable, got str"):
+        register_core("wrong", "adapter", example)
+
+
+def test_what_is_no_module_is_refused_by_its_type():
+    class Detector:  # as rfdetr's, which holds the module
+        model = Global()
+
+    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got Detector$"):
+        use_msda(Detector())
+
+
+def test_our_own_module_needs_no_patch_and_a_report_of_nothing_says_so():
+    module = msda.MSDeformAttn(8, 1, 2, 1)
+    with pytest.raises(ValueError, match=r"^model must contain"):
+        use_msda(module)
+    assert str(report(nn.Linear(1, 1))) == "no core was replaced"
