@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -82,7 +82,7 @@ def gradient_names(inputs: Inputs | FusedInputs) -> list[str]:
     ]
 
 
-def leaves(inputs: AnyInputs, names: Sequence[str] | None = None) -> AnyInputs:
+def leaves(inputs: AnyInputs, names: Iterable[str] | None = None) -> AnyInputs:
     """A copy of ``inputs`` in which some tensors are leaves that require a gradient.
 
     ``names`` are those tensors; None: all that have a gradient.

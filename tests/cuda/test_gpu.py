@@ -11,33 +11,32 @@ import pytest
 import torch
 
 import msda
-from msda.testing import make_inputs, map_tensors
-from tests.conftest import (
+from msda.testing import (
     OPERATOR,
+    call,
+    gradient_names,
+    leaves,
+    make_grad_output,
+    make_inputs,
+    map_tensors,
+)
+from tests.helpers.cases import every_dtype, every_form
+from tests.helpers.results import (
     assert_close,
     assert_gradients_close,
     assert_same_bits,
-    call,
     compute,
     compute_exactly,
     compute_gradients,
-    every_dtype,
-    every_form,
     exact_gradients,
-    leaves_of,
-    names_of,
-    random_like_output,
-    skip_without_cuda,
 )
 
 SHAPES = [(16, 21), (8, 11), (4, 6)]
 SIZES = dict(batch=2, num_queries=50, num_heads=8, head_dim=32, num_points=4)
 
 
-@pytest.fixture(params=["cuda"])
-def device(request):
-    skip_without_cuda()
-    return request.param
+# The fixture, for this device alone.
+pytestmark = pytest.mark.parametrize("device", ["cuda"], indirect=True)
 
 
 def with_shapes_on_gpu(inputs):
@@ -60,12 +59,12 @@ def test_spatial_shapes_on_the_gpu_give_the_same_bits(device, make):
 @every_form
 def test_nothing_waits_for_the_gpu(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
-    grad_output = random_like_output(inputs)
+    grad_output = make_grad_output(inputs)
     compute(inputs)  # the first call may load the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
         for core in (with_shapes_on_gpu(inputs), OPERATOR):
-            compute_gradients(core, inputs, grad_output, names_of(inputs))
+            compute_gradients(core, inputs, grad_output, gradient_names(inputs))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -87,8 +86,8 @@ def test_spatial_shapes_that_do_not_cover_value_end_the_kernel(device):
 
 @every_form
 def test_forward_and_backward_replay_in_a_graph(device, make):
-    inputs = leaves_of(make(SHAPES, **SIZES, device=device), names_of(make(SHAPES, **SIZES)))
-    grad_output = random_like_output(inputs)
+    inputs = leaves(make(SHAPES, **SIZES, device=device))
+    grad_output = make_grad_output(inputs)
 
     def step():
         output = compute(inputs)
@@ -110,7 +109,7 @@ def test_forward_and_backward_replay_in_a_graph(device, make):
     graph.replay()
     torch.cuda.synchronize()
     assert_close(output, compute_exactly(inputs))
-    names = names_of(inputs)
+    names = gradient_names(inputs)
     actual = dict(zip(names, gradients, strict=True))
     assert_gradients_close(inputs, actual, exact_gradients(inputs, grad_output))
 
@@ -143,8 +142,8 @@ def test_runs_on_the_device_of_its_inputs(device):
 @every_form
 def test_deterministic_backward_matches_and_repeats(device, make, dtype, deterministic):
     inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)
-    grad_output = random_like_output(inputs)
-    names = names_of(inputs)
+    grad_output = make_grad_output(inputs)
+    names = gradient_names(inputs)
     first, second = (compute_gradients(OPERATOR, inputs, grad_output, names) for _ in range(2))
     for name in names:
         assert_same_bits(first[name], second[name])
@@ -160,8 +159,8 @@ def test_tensors_at_odd_addresses_are_read_right(device):
 
     odd = map_tensors(inputs, shifted)
     assert_close(compute(odd), compute_exactly(inputs))
-    grad_output = shifted(random_like_output(inputs))
-    gradients = compute_gradients(OPERATOR, odd, grad_output, names_of(odd))
+    grad_output = shifted(make_grad_output(inputs))
+    gradients = compute_gradients(OPERATOR, odd, grad_output, gradient_names(odd))
     assert_gradients_close(inputs, gradients, exact_gradients(inputs, grad_output))
 
 

@@ -20,7 +20,7 @@ import train
 from detector import files, saving, seals
 from detector.checkpoints import read_checkpoint
 from detector.saving import BEST, LAST, PREVIOUS
-from tests.conftest import SMALL_RUN
+from tests.detector.small_runs import SMALL_RUN
 
 
 def checkpoint(step=1, size=4000):

@@ -12,8 +12,8 @@ from detector import saving
 from detector.backbone import RESNET_BLOCKS
 from detector.data.shapes import CATEGORIES
 from detector.model import build_model
-from tests.conftest import SMALL_RUN
 from tests.detector.small_models import original_file, randomise, small_config
+from tests.detector.small_runs import SMALL_RUN
 
 ONE_STEP = "--device cpu --max-minutes 1e-9"
 # The ids of COCO's 80 categories: what is left of 1 to 90.

@@ -17,7 +17,7 @@ import train
 
 from detector import locks, processes, saving
 from detector.locks import folder_locked
-from tests.conftest import SMALL_RUN
+from tests.detector.small_runs import SMALL_RUN
 
 
 def refusal(folder):

@@ -32,7 +32,7 @@ from detector.transformer import flatten_levels
 from msda import MSDeformAttn
 from msda.reference import ms_deform_attn_fused_reference
 from msda.testing import relative_error
-from tests.conftest import assert_same_bits
+from tests.helpers.results import assert_same_bits
 
 DEFORMABLE = {
     "single_scale": dict(num_feature_levels=1),

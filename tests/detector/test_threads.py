@@ -15,7 +15,7 @@ import train
 from PIL import Image
 
 from detector import precision, threads
-from tests.conftest import SMALL_RUN
+from tests.detector.small_runs import SMALL_RUN
 
 EXAMPLE = Path(train.__file__).parent
 PROGRAMS = ("train", "evaluate", "predict", "demo")

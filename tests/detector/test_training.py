@@ -37,7 +37,7 @@ from detector.data.loading import make_loader
 from detector.losses import NonFiniteLoss
 from detector.model import build_model
 from detector.training import Trainer, learning_rate_factor, parameter_groups
-from tests.conftest import SMALL_RUN
+from tests.detector.small_runs import SMALL_RUN
 
 SMALL = PRESETS["shapes-easy"].replace(
     dataset="coco",

@@ -17,7 +17,7 @@ import torch
 from msda import ops
 from msda.reference import ms_deform_attn_reference
 from msda.testing import make_inputs
-from tests.conftest import assert_close
+from tests.helpers.results import assert_close
 
 SHAPES = [(5, 7), (3, 2)]
 LIBRARIES = (

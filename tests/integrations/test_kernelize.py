@@ -9,7 +9,7 @@ from torch import nn
 
 from msda.integrations.kernels import REPOSITORY, MultiScaleDeformableAttention
 from msda.testing import make_inputs
-from tests.conftest import assert_close, assert_same_bits
+from tests.helpers.results import assert_close, assert_same_bits
 from tests.integrations.plain_attention import as_maps, attend
 
 NAME = "MultiScaleDeformableAttention"

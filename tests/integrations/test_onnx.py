@@ -18,9 +18,10 @@ import msda.onnx
 from detector.model import build_model
 from msda import ops
 from msda.reference import ms_deform_attn_reference
-from msda.testing import make_fused_inputs, make_inputs
-from tests.conftest import OPERATOR, assert_close, call, compute, compute_exactly, off_edges
+from msda.testing import OPERATOR, call, make_fused_inputs, make_inputs
 from tests.detector.test_model import flat, padded_batch, randomise, small_config
+from tests.helpers.inputs import off_edges
+from tests.helpers.results import assert_close, compute, compute_exactly
 
 # GridSample takes coordinates from -1 to 1. In float32 that moves a sample by up to some 2^-23 of
 # the map's width, 2e-5 pixels on a map 167 wide, and a random map is as steep as it is large.

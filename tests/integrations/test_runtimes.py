@@ -11,8 +11,8 @@ import msda.onnx
 from detector.model import build_model
 from msda import ops
 from msda.testing import make_inputs
-from tests.conftest import assert_close, compute
 from tests.detector.test_model import padded_batch, randomise, small_config
+from tests.helpers.results import assert_close, compute
 from tests.integrations.runtime_libraries import onnxruntime_library, openvino_library
 from tests.integrations.test_onnx import (
     FORMS,

@@ -14,8 +14,8 @@ import msda
 from msda import forms
 from msda.integrations.transformers import undo, use_msda
 from msda.plot import capture_sampling, draw_sampling
-from msda.testing import Inputs
-from tests.conftest import assert_close, assert_same_bits, plain_pytorch
+from msda.testing import Inputs, grid_sample_core
+from tests.helpers.results import assert_close, assert_same_bits
 
 transformers = pytest.importorskip("transformers")
 
@@ -602,7 +602,7 @@ def test_an_unpatched_model_is_not_recorded_but_refused():
 
 
 def global_core(value, value_spatial_shapes, sampling_locations, attention_weights):
-    return plain_pytorch(
+    return grid_sample_core(
         Inputs(value, value_spatial_shapes, sampling_locations, attention_weights)
     ).flatten(2)
 

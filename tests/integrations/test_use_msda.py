@@ -11,7 +11,7 @@ from torch import nn
 
 import msda
 from msda import forms, register_core, report, undo, use_msda
-from tests.conftest import assert_close, assert_same_bits
+from tests.helpers.results import assert_close, assert_same_bits
 from tests.integrations.plain_attention import as_maps, attend, bilinear, discrete
 
 B, Q, M, D, L, P = 2, 5, 2, 4, 2, 3

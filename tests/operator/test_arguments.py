@@ -15,8 +15,7 @@ import torch
 
 import msda
 from msda import checks, ops
-from msda.testing import make_fused_inputs, make_inputs
-from tests.conftest import random_like_output
+from msda.testing import make_fused_inputs, make_grad_output, make_inputs
 
 SHAPES = [(3, 4), (2, 2)]
 SIZES = dict(batch=2, num_queries=5, num_heads=3, head_dim=4)
@@ -43,7 +42,7 @@ def good_arguments(name, ragged=False, device="cpu"):
     fused, backward = "fused" in name, "backward" in name
     make = functools.partial(make_fused_inputs, padding=True) if fused else make_inputs
     inputs = make(SHAPES, **SIZES, num_points=[1, 2] if ragged else 2)
-    output = random_like_output(inputs)
+    output = make_grad_output(inputs)
     given = vars(inputs) | dict(
         spatial_shapes=None,
         spatial_shapes_tensor=torch.tensor(SHAPES),

@@ -14,16 +14,9 @@ from torch.export import Dim
 import msda
 from detector.config import ModelConfig
 from detector.model import build_model
-from msda.testing import make_inputs
-from tests.conftest import (
-    OPERATOR,
-    assert_same_bits,
-    call,
-    compute,
-    every_form,
-    leaves_of,
-    names_of,
-)
+from msda.testing import OPERATOR, call, leaves, make_inputs
+from tests.helpers.cases import every_form
+from tests.helpers.results import assert_same_bits, compute
 
 CPP = Path(__file__).with_name("aot_loader")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -151,7 +144,7 @@ def test_the_reference_backend_compiles_to_one_graph(make, monkeypatch):
     }
     for batch, queries, *shapes in MAP_SIZES:
         inputs = make(shapes, batch=batch, num_queries=queries, num_heads=2, head_dim=8)
-        inputs = leaves_of(inputs, names_of(inputs))
+        inputs = leaves(inputs)
         torch.testing.assert_close(call(fast, inputs), compute(inputs))
     assert counter.frame_count == 1
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import msda
-from msda.testing import make_fused_inputs, make_inputs
-from tests.conftest import random_like_output
+from msda.testing import make_fused_inputs, make_grad_output, make_inputs
 
 SHAPES = [(3, 4), (2, 2)]
 SIZES = dict(batch=2, num_queries=5, num_heads=3, head_dim=4, num_points=2)
@@ -393,7 +392,7 @@ def backward_arguments(fused):
     arguments = fused_arguments() if fused else plain_arguments()
     inputs = (make_fused_inputs if fused else make_inputs)(SHAPES, **SIZES)
     value, *others = inputs.tensors()
-    output = random_like_output(inputs)
+    output = make_grad_output(inputs)
     outputs = [output, output.clone()] if fused else [output]
     last = [None, *[True] * 4] if fused else [False, *[True] * 3]
     operator = (

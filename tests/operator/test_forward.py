@@ -13,25 +13,15 @@ from msda.testing import (
     TOLERANCES,
     FusedInputs,
     Inputs,
+    grid_sample_core,
     make_fused_inputs,
     make_inputs,
     map_tensors,
     relative_error,
 )
-from tests.conftest import (
-    any_sizes,
-    assert_close,
-    assert_same_bits,
-    awkward_sizes,
-    compute,
-    compute_exactly,
-    every_dtype,
-    every_form,
-    off_by_one_byte,
-    off_edges,
-    plain_pytorch,
-    sixteen_bits,
-)
+from tests.helpers.cases import any_sizes, awkward_sizes, every_dtype, every_form, sixteen_bits
+from tests.helpers.inputs import off_by_one_byte, off_edges
+from tests.helpers.results import assert_close, assert_same_bits, compute, compute_exactly
 
 SHAPES = [(6, 9), (3, 5), (2, 2)]
 SIZES = dict(batch=2, num_queries=13, num_heads=3, head_dim=20, num_points=3)
@@ -133,7 +123,7 @@ def test_error_in_16_bits_is_at_most_twice_that_of_plain_pytorch(device, dtype):
     inputs = make_inputs(SHAPES, **SIZES, dtype=dtype, point_dtype=dtype, device=device)
     expected = compute_exactly(inputs)
     ours = relative_error(compute(inputs), expected)
-    assert ours <= 2 * relative_error(plain_pytorch(inputs), expected)
+    assert ours <= 2 * relative_error(grid_sample_core(inputs), expected)
 
 
 def test_16_bit_values_keep_the_precision_of_float32_locations(device):

@@ -8,22 +8,20 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, grad_and_value, jacrev, jvp, vjp, vmap
 
 import msda
-from msda.testing import make_fused_inputs, make_inputs, relative_error
-from tests.conftest import (
+from msda.testing import (
     OPERATOR,
     REFERENCE,
-    assert_close,
-    assert_same_bits,
     call,
-    compute,
-    compute_gradients,
-    every_form,
-    in_float64,
-    leaves_of,
-    names_of,
-    off_edges,
-    random_like_output,
+    gradient_names,
+    leaves,
+    make_fused_inputs,
+    make_grad_output,
+    make_inputs,
+    relative_error,
 )
+from tests.helpers.cases import every_form
+from tests.helpers.inputs import in_float64, off_edges
+from tests.helpers.results import assert_close, assert_same_bits, compute, compute_gradients
 
 SHAPES = [(6, 9), (3, 5), (2, 2)]
 SIZES = dict(batch=2, num_queries=5, num_heads=2, head_dim=4, num_points=2)
@@ -49,7 +47,7 @@ def function_of(inputs, functions=OPERATOR, **options):
     def function(*tensors):
         return call(functions, replace(inputs, **dict(zip(names, tensors, strict=True))), **options)
 
-    names = names_of(inputs)
+    names = gradient_names(inputs)
     return function
 
 
@@ -71,7 +69,7 @@ def many(make, count=3, **options):
 @every_form
 def test_torch_func_gives_the_gradients_of_autograd(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
-    names, grad_output = names_of(inputs), random_like_output(inputs)
+    names, grad_output = gradient_names(inputs), make_grad_output(inputs)
     expected = compute_gradients(OPERATOR, inputs, grad_output, names)
     function, tensors = function_of(inputs), inputs.tensors()
     everything = tuple(range(len(tensors)))
@@ -88,9 +86,9 @@ def test_torch_func_gives_the_gradients_of_autograd(device, make):
 @every_form
 def test_gradient_by_one_argument_alone(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
-    grad_output = random_like_output(inputs)
+    grad_output = make_grad_output(inputs)
     function = weighted(function_of(inputs), grad_output)
-    for position, name in enumerate(names_of(inputs)):
+    for position, name in enumerate(gradient_names(inputs)):
         expected = compute_gradients(OPERATOR, inputs, grad_output, [name])[name]
         assert_same_bits(grad(function, position)(*inputs.tensors()), expected)
 
@@ -98,7 +96,7 @@ def test_gradient_by_one_argument_alone(device, make):
 @every_form
 def test_jacobian_is_that_of_the_reference(make):
     inputs = off_edges(make(TINY_SHAPES, **TINY), margin=0.05)
-    everything = tuple(range(len(names_of(inputs))))
+    everything = tuple(range(len(gradient_names(inputs))))
     actual = jacrev(function_of(inputs), everything)(*inputs.tensors())
     expected = jacrev(function_of(inputs, REFERENCE), everything)(*inputs.tensors())
     for one, other in zip(actual, expected, strict=True):
@@ -106,12 +104,12 @@ def test_jacobian_is_that_of_the_reference(make):
 
 
 def test_autograd_passes_through_a_transform(device):
-    inputs = leaves_of(make_inputs(SHAPES, **SIZES, device=device), ["value"])
-    function = weighted(function_of(inputs), random_like_output(inputs))
+    inputs = leaves(make_inputs(SHAPES, **SIZES, device=device), ["value"])
+    function = weighted(function_of(inputs), make_grad_output(inputs))
     value, locations, weights = inputs.tensors()
     (function(value, locations, weights) ** 2).backward()
     # Linear in value: the inner product of value with its gradient is the sum itself.
-    inner = leaves_of(inputs, ["value"]).value
+    inner = leaves(inputs, ["value"]).value
     gradient = grad(function)(inner, locations, weights)
     ((gradient * inner).sum() ** 2).backward()
     torch.testing.assert_close(inner.grad, 2 * gradient * (gradient * inner).sum())
@@ -206,7 +204,7 @@ def test_gradients_of_vmap_are_summed_over_what_is_shared(make):
     _, *points = stacked
     shared, *mask = samples[0].value, mask_of(samples[0])
     function = function_of(samples[0])
-    grad_output = random_like_output(samples[0])
+    grad_output = make_grad_output(samples[0])
 
     def total(value, *points):
         mapped = vmap(function, (None, *[0] * len(points)))(value, *points)
@@ -218,11 +216,11 @@ def test_gradients_of_vmap_are_summed_over_what_is_shared(make):
             OPERATOR,
             replace(sample, value=shared, **mask[0]),
             grad_output,
-            names_of(sample),
+            gradient_names(sample),
         )
         for sample in samples
     ]
-    names = names_of(samples[0])
+    names = gradient_names(samples[0])
     expected = [sum(one["value"] for one in alone)]
     expected += [torch.stack([one[name] for one in alone]) for name in names[1:]]
     for one, other in zip(gradients, expected, strict=True):
@@ -261,7 +259,7 @@ def test_per_sample_gradients_equal_a_loop(device):
             assert relative_error(gradient[i], other) < 1e-12, name
 
 
-def test_functional_call_runs_with_the_parameters_that_it_is_given(device):
+def test_functional_call_runs_with_the_parameters_that_it_is_leaves(device):
     module, samples = module_and_samples(device)
     other, _ = module_and_samples(device)
     torch.nn.init.normal_(other.output_proj.weight)
@@ -289,7 +287,7 @@ def test_transforms_compile_to_one_graph(transform):
     torch.compiler.reset()
     samples, stacked = many(make_fused_inputs)
     function = function_of(samples[0])
-    gradient = grad(weighted(function, random_like_output(samples[0])), (0, 1, 2, 3))
+    gradient = grad(weighted(function, make_grad_output(samples[0])), (0, 1, 2, 3))
     transformed, arguments = {
         "grad": (gradient, samples[0].tensors()),
         "vmap": (vmap(function), stacked),
@@ -314,7 +312,7 @@ def test_second_derivatives_match_finite_differences(make, options):
         pytest.skip("the plain form takes no mask")
     sizes = dict(batch=2, num_queries=3, num_heads=2, head_dim=2, num_points=1)
     inputs = make([(3, 4), (2, 2), (1, 2)], **sizes | options, dtype=torch.float64)
-    inputs = leaves_of(off_edges(inputs, margin=0.05), names_of(inputs))
+    inputs = leaves(off_edges(inputs, margin=0.05))
     assert torch.autograd.gradgradcheck(function_of(inputs), inputs.tensors(), fast_mode=True)
 
 
@@ -324,8 +322,8 @@ def test_second_derivatives_are_those_of_the_reference(device, make):
     exact = in_float64(inputs)
 
     def second(functions, inputs):
-        inputs = leaves_of(inputs, names_of(inputs))
-        grad_output = random_like_output(inputs).requires_grad_()
+        inputs = leaves(inputs)
+        grad_output = make_grad_output(inputs).requires_grad_()
         output = call(functions, inputs)
         first = torch.autograd.grad(output, inputs.tensors(), grad_output, create_graph=True)
         total = sum(gradient.square().sum() for gradient in first)
@@ -342,20 +340,20 @@ def test_each_second_derivative_alone(make, as_tensor):
     inputs = off_edges(make(TINY_SHAPES, **TINY), margin=0.05)
     if as_tensor:
         inputs = replace(inputs, spatial_shapes=torch.tensor(TINY_SHAPES))
-    grad_output = random_like_output(inputs)
+    grad_output = make_grad_output(inputs)
 
     def second(functions, by, then_by):
-        leaves = leaves_of(inputs, {by, then_by})
-        output = call(functions, leaves)
-        (first,) = torch.autograd.grad(output, getattr(leaves, by), grad_output, create_graph=True)
+        given = leaves(inputs, {by, then_by})
+        output = call(functions, given)
+        (first,) = torch.autograd.grad(output, getattr(given, by), grad_output, create_graph=True)
         if not first.requires_grad:  # the reference, where the output is linear
-            return torch.zeros_like(getattr(leaves, then_by))
+            return torch.zeros_like(getattr(given, then_by))
         total = (first * torch.arange(first.numel()).view(first.shape)).sum()
-        wanted = getattr(leaves, then_by)
+        wanted = getattr(given, then_by)
         return torch.autograd.grad(total, wanted, materialize_grads=True)[0]
 
-    for by in names_of(inputs):
-        for then_by in names_of(inputs):
+    for by in gradient_names(inputs):
+        for then_by in gradient_names(inputs):
             actual, expected = (second(f, by, then_by) for f in (OPERATOR, REFERENCE))
             torch.testing.assert_close(actual, expected, msg=f"{by}, {then_by}")
 
@@ -374,7 +372,7 @@ def test_second_derivatives_of_nearest_are_those_of_the_reference():
 @every_form
 def test_hessian_is_that_of_the_reference(make):
     inputs = off_edges(make(TINY_SHAPES, **TINY), margin=0.05)
-    everything = tuple(range(len(names_of(inputs))))
+    everything = tuple(range(len(gradient_names(inputs))))
 
     def hessian(functions):
         function = function_of(inputs, functions)
@@ -419,7 +417,7 @@ def test_nothing_is_computed_twice_before_it_is_asked_for(make, monkeypatch):
     monkeypatch.setattr(msda.ops, "ms_deform_attn_reference", refuse)
     monkeypatch.setattr(msda.ops, "ms_deform_attn_fused_reference", refuse)
     inputs = make(SHAPES, **SIZES)
-    inputs = leaves_of(inputs, names_of(inputs))
+    inputs = leaves(inputs)
     function, tensors = function_of(inputs), inputs.tensors()
     torch.autograd.grad(compute(inputs).sum(), tensors, create_graph=True)
     grad(lambda *tensors: function(*tensors).sum())(*inputs.tensors())

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 import msda
-from msda.testing import Inputs, available_memory
-from tests.conftest import (
+from msda.testing import Inputs, available_memory, make_grad_output
+from tests.helpers.results import (
     assert_close,
     assert_gradients_close,
     compute_exactly,
     exact_gradients,
-    random_like_output,
 )
 
 GIGABYTE = 1e9
@@ -68,7 +67,7 @@ def test_value_of_more_than_2_to_the_31_elements(device, dtype, gigabytes):
 
     for tensor in large.tensors():
         tensor.requires_grad_()
-    grad_output = random_like_output(small)
+    grad_output = make_grad_output(small)
     output = msda.ms_deform_attn(large.value, shapes, None, *large.tensors()[1:])
     assert_close(output, compute_exactly(small))
 

@@ -10,7 +10,7 @@ from torch import nn
 from msda import MSDeformAttn
 from msda.reference import ms_deform_attn_reference
 from msda.testing import relative_error
-from tests.conftest import assert_same_bits
+from tests.helpers.results import assert_same_bits
 
 SHAPES = [(6, 9), (3, 5)]
 NUM_KEYS = 69

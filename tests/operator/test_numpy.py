@@ -14,7 +14,8 @@ import msda
 import msda.numpy as arrays
 from msda import checks
 from msda.testing import FusedInputs, make_fused_inputs, make_inputs
-from tests.conftest import awkward_sizes, compute, every_dtype, every_form
+from tests.helpers.cases import awkward_sizes, every_dtype, every_form
+from tests.helpers.results import compute
 from tests.operator.test_arguments import SHAPES, call_operator, good_arguments, refusal
 from tests.packaging.test_info import run_python
 

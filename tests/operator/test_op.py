@@ -11,20 +11,21 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import msda
-from msda.testing import FusedInputs, make_fused_inputs, make_inputs, map_tensors, relative_error
-from tests.conftest import (
+from msda.testing import (
     OPERATOR,
-    assert_close,
-    assert_same_bits,
+    FusedInputs,
     call,
-    compute,
-    compute_gradients,
-    every_form,
-    leaves_of,
-    names_of,
-    off_edges,
-    random_like_output,
+    gradient_names,
+    leaves,
+    make_fused_inputs,
+    make_grad_output,
+    make_inputs,
+    map_tensors,
+    relative_error,
 )
+from tests.helpers.cases import every_form
+from tests.helpers.inputs import off_edges
+from tests.helpers.results import assert_close, assert_same_bits, compute, compute_gradients
 
 SHAPES = [(6, 9), (3, 5), (2, 2)]
 SIZES = dict(batch=2, num_queries=5, num_heads=2, head_dim=4, num_points=2)
@@ -76,14 +77,14 @@ fused_forms = pytest.mark.parametrize(("sizes", "form"), FUSED_FORMS.values(), i
 @plain_forms
 def test_opcheck_of_the_operator(device, sizes, form):
     inputs = make_inputs(SHAPES, **sizes, device=device)
-    arguments = operator_arguments(leaves_of(inputs, names_of(inputs)), **form)
+    arguments = operator_arguments(leaves(inputs), **form)
     torch.library.opcheck(torch.ops.msda.ms_deform_attn, arguments)
 
 
 @fused_forms
 def test_opcheck_of_the_fused_operator(device, sizes, form):
     inputs = make_fused_inputs(SHAPES, **sizes, device=device)
-    arguments = operator_arguments(leaves_of(inputs, names_of(inputs)), **form)
+    arguments = operator_arguments(leaves(inputs), **form)
     torch.library.opcheck(torch.ops.msda.ms_deform_attn_fused, arguments)
 
 
@@ -94,7 +95,7 @@ def test_opcheck_of_the_backward(device, sizes, form):
     for needs in [(True, True, True), (False, True, False)]:
         torch.library.opcheck(
             torch.ops.msda._ms_deform_attn_backward,
-            (random_like_output(inputs), *arguments, *needs, False),
+            (make_grad_output(inputs), *arguments, *needs, False),
         )
 
 
@@ -106,7 +107,7 @@ def test_opcheck_of_the_fused_backward(device, sizes, form):
     for needs in [(True, True, True, True), (True, False, False, True)]:
         torch.library.opcheck(
             torch.ops.msda._ms_deform_attn_fused_backward,
-            (random_like_output(inputs), output, *arguments, *needs, False),
+            (make_grad_output(inputs), output, *arguments, *needs, False),
         )
 
 
@@ -124,11 +125,11 @@ def compiled(**options):
 
 
 def assert_same_results(functions, inputs, **options):
-    grad_output = random_like_output(inputs)
+    grad_output = make_grad_output(inputs)
     assert_same_bits(call(functions, inputs, **options), compute(inputs, **options))
-    actual = compute_gradients(functions, inputs, grad_output, names_of(inputs), **options)
-    expected = compute_gradients(OPERATOR, inputs, grad_output, names_of(inputs), **options)
-    for name in names_of(inputs):
+    actual = compute_gradients(functions, inputs, grad_output, gradient_names(inputs), **options)
+    expected = compute_gradients(OPERATOR, inputs, grad_output, gradient_names(inputs), **options)
+    for name in gradient_names(inputs):
         assert_same_bits(actual[name], expected[name])
 
 
@@ -186,9 +187,9 @@ def test_compiles_with_inductor(device):
         return msda.ms_deform_attn_fused(*arguments, **options).sin()
 
     inputs = make_fused_inputs(SHAPES, **SIZES, device=device)
-    grad_output = random_like_output(inputs)
+    grad_output = make_grad_output(inputs)
     actual, expected = (
-        compute_gradients({FusedInputs: version}, inputs, grad_output, names_of(inputs))
+        compute_gradients({FusedInputs: version}, inputs, grad_output, gradient_names(inputs))
         for version in (torch.compile(function, fullgraph=True), function)
     )
     for name, gradient in actual.items():
@@ -306,7 +307,7 @@ def test_works_without_gradients(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
     expected = compute(inputs)
     with torch.no_grad():
-        assert_same_bits(compute(leaves_of(inputs, names_of(inputs))), expected)
+        assert_same_bits(compute(leaves(inputs)), expected)
     with torch.inference_mode():
         assert_same_bits(compute(inputs), expected)
         assert_same_bits(compute(make(SHAPES, **SIZES, device=device)), expected)
@@ -314,7 +315,7 @@ def test_works_without_gradients(device, make):
 
 def test_the_reference_has_second_derivatives():
     inputs = off_edges(make_inputs(SHAPES, **SIZES, dtype=torch.float64), margin=0.05)
-    inputs = leaves_of(inputs, names_of(inputs))
+    inputs = leaves(inputs)
 
     def function(*tensors):
         value, *points = tensors
@@ -344,14 +345,14 @@ def test_gradients_flow_through_in_place_changes_and_hooks(device):
     doubled = value * 1
     doubled.mul_(2)
     compute(replace(inputs, value=doubled)).sum().backward()
-    plain = leaves_of(inputs, ["value"])
+    plain = leaves(inputs, ["value"])
     compute(plain).sum().backward()
     torch.testing.assert_close(value.grad, 2 * plain.value.grad)
     assert_same_bits(seen[0], value.grad)
 
 
 def test_changing_an_input_before_backward_is_noticed(device):
-    inputs = leaves_of(make_inputs(SHAPES, **SIZES, device=device), ["attention_weights"])
+    inputs = leaves(make_inputs(SHAPES, **SIZES, device=device), ["attention_weights"])
     output = compute(inputs)
     inputs.value.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -360,8 +361,8 @@ def test_changing_an_input_before_backward_is_noticed(device):
 
 def test_the_output_may_be_changed_before_backward_on_the_cpu():
     inputs = make_fused_inputs(SHAPES, **SIZES)
-    names = names_of(inputs)
-    changed, left = leaves_of(inputs, names), leaves_of(inputs, names)
+    names = gradient_names(inputs)
+    changed, left = leaves(inputs, names), leaves(inputs, names)
     compute(changed).mul_(2).sum().backward()
     (2 * compute(left)).sum().backward()
     for name in names:

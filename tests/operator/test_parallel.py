@@ -18,8 +18,9 @@ import msda
 from detector.config import ModelConfig
 from detector.model import build_model
 from msda.reference import ms_deform_attn_fused_reference
-from msda.testing import TOLERANCES, make_inputs, relative_error
-from tests.conftest import OPERATOR, assert_same_bits, call, sixteen_bits
+from msda.testing import OPERATOR, TOLERANCES, call, make_inputs, relative_error
+from tests.helpers.cases import sixteen_bits
+from tests.helpers.results import assert_same_bits
 
 SHAPES = [(6, 9), (3, 5)]
 NUM_KEYS = 69

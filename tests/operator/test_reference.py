@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from msda.reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
-from msda.testing import make_fused_inputs, make_inputs
-from tests.conftest import REFERENCE, call, leaves_of, names_of, off_edges
+from msda.testing import REFERENCE, call, gradient_names, leaves, make_fused_inputs, make_inputs
+from tests.helpers.inputs import off_edges
 
 INF, NAN = math.inf, math.nan
 
@@ -346,8 +346,8 @@ def test_fused_reference_matches_numbers_one_by_one(num_points, reference_size, 
     ids=["plain", "points", "boxes", "shared_box"],
 )
 def test_gradients_of_the_reference_match_finite_differences(inputs):
-    names = names_of(inputs)
-    inputs = leaves_of(off_edges(inputs, margin=0.05), names)
+    names = gradient_names(inputs)
+    inputs = leaves(off_edges(inputs, margin=0.05), names)
 
     def function(*tensors):
         return call(
@@ -362,7 +362,7 @@ def test_gradients_of_the_reference_match_finite_differences(inputs):
 def test_samples_that_do_not_count_have_exactly_zero_gradients(bad):
     inputs = make_inputs([(4, 5)], num_points=2, **SIZES)
     inputs.sampling_locations[:, :, :, :, 1] = bad
-    inputs = leaves_of(inputs, names_of(inputs))
+    inputs = leaves(inputs)
     call(REFERENCE, inputs).sum().backward()
     assert inputs.sampling_locations.grad[:, :, :, :, 1].eq(0).all()
     assert inputs.attention_weights.grad[:, :, :, :, 1].eq(0).all()
@@ -372,7 +372,7 @@ def test_samples_that_do_not_count_have_exactly_zero_gradients(bad):
 
 def test_nearest_gives_no_gradient_to_locations():
     inputs = make_inputs(SHAPES, num_points=2, **SIZES)
-    inputs = leaves_of(inputs, names_of(inputs))
+    inputs = leaves(inputs)
     call(REFERENCE, inputs, interpolation="nearest").sum().backward()
     assert inputs.sampling_locations.grad is None or inputs.sampling_locations.grad.eq(0).all()
     assert inputs.value.grad.ne(0).any()
@@ -395,10 +395,10 @@ def test_reference_returns_the_dtype_of_value_and_computes_in_float32(dtype):
 @pytest.mark.parametrize("make", [make_inputs, make_fused_inputs], ids=["plain", "fused"])
 def test_reference_accepts_empty_inputs(make, size):
     inputs = make(SHAPES, **SIZES | {"num_points": 2} | {size: 0})
-    inputs = leaves_of(inputs, names_of(inputs))
+    inputs = leaves(inputs)
     output = call(REFERENCE, inputs)
     assert output.shape == (inputs.value.shape[0], inputs.tensors()[-1].shape[1], 2 * 3)
     assert output.eq(0).all()
     output.sum().backward()
-    for name in names_of(inputs):
+    for name in gradient_names(inputs):
         assert getattr(inputs, name).grad.eq(0).all()

@@ -15,21 +15,21 @@ import torch
 
 import msda
 from msda.plot import explore
-from msda.reference import ms_deform_attn_fused_reference
-from msda.testing import TOLERANCES, leaves, make_fused_inputs, relative_error
+from msda.testing import (
+    OPERATOR,
+    REFERENCE,
+    TOLERANCES,
+    call,
+    leaves,
+    make_fused_inputs,
+    relative_error,
+)
 
 
-def fused(inputs, function):
-    """Output and gradients of the fused form."""
+def results(inputs, functions):
+    """Output and gradients."""
     inputs = leaves(inputs)
-    output = function(
-        inputs.value,
-        inputs.spatial_shapes,
-        None,
-        inputs.reference_points,
-        inputs.sampling_offsets,
-        inputs.attention_logits,
-    )
+    output = call(functions, inputs)
     gradients = torch.autograd.grad(output.square().sum(), inputs.tensors())
     return output, *gradients
 
@@ -42,11 +42,7 @@ def main() -> int:
 
     shapes = [(9, 7), (4, 3)]
     inputs = make_fused_inputs(shapes, batch=2, num_queries=11, num_heads=4, head_dim=24)
-    for actual, expected in zip(
-        fused(inputs, msda.ms_deform_attn_fused),
-        fused(inputs, ms_deform_attn_fused_reference),
-        strict=True,
-    ):
+    for actual, expected in zip(results(inputs, OPERATOR), results(inputs, REFERENCE), strict=True):
         assert relative_error(actual, expected) < 2 * TOLERANCES[torch.float32]
 
     module = msda.MSDeformAttn(d_model=96, n_levels=2, n_heads=4)

@@ -10,7 +10,7 @@ from torch import nn
 import msda
 from msda.plot import add_legend, capture_sampling, draw_sampling
 from msda.reference import ms_deform_attn_reference
-from tests.conftest import assert_close
+from tests.helpers.results import assert_close
 
 SHAPES = [(6, 9), (3, 5)]
 NUM_KEYS = 69
