@@ -1,104 +1,31 @@
-"""Data of the detector: both layouts, augmentation, what is generated, order, and bad input."""
+"""Data of the detector: both layouts, batches and their order, and bad input."""
 
-import json
-from dataclasses import replace
-
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from detector.config import DataConfig
-from detector.data import (
-    CocoDetection,
-    DataError,
-    build_dataset,
-    build_datasets,
-    digits,
-    generated,
-    shapes,
-)
+from detector.data import CocoDetection, DataError, build_dataset, build_datasets
 from detector.data.loading import BatchSampler, collate, make_loader, start_epoch
-from detector.data.transforms import MEAN, STD, Augmentation, resize
-
-AS_IS = Augmentation((0,), 1333, crop=False, horizontal_flip=0.0)
-ORIGINAL = Augmentation(tuple(range(480, 801, 32)), 1333, crop=True, horizontal_flip=0.5)
-WIDTH, HEIGHT = 64, 48
-
-# One box per image, on an object that is painted in that colour; ids are neither 0, 1, ... nor
-# sorted.
-CONTENT = {
-    "images": [
-        {"id": 30 + i, "file_name": f"{i}.png", "width": WIDTH, "height": HEIGHT} for i in range(4)
-    ],
-    "annotations": [
-        {"id": i, "image_id": 30 + i, "category_id": (7, 3)[i % 2], "bbox": [8 * i, 6, 10, 20]}
-        for i in range(4)
-    ],
-    "categories": [{"id": 7, "name": "seven"}, {"id": 3, "name": "three"}],
-}
-
-
-def write_images(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(len(CONTENT["images"])):
-        pixels = np.zeros((HEIGHT, WIDTH, 3), dtype=np.uint8)
-        pixels[6:26, 8 * i : 8 * i + 10] = 255
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-
-
-def write_coco_layout(folder, content=CONTENT):
-    (folder / "annotations").mkdir(parents=True)
-    for split in ("train2017", "val2017"):
-        write_images(folder / split)
-        (folder / f"annotations/instances_{split}.json").write_text(json.dumps(content))
-
-
-def write_other_layout(folder, content=CONTENT):
-    for split in ("train", "valid"):
-        write_images(folder / split)
-        (folder / split / "_annotations.coco.json").write_text(json.dumps(content))
+from detector.data.transforms import MEAN, STD, Augmentation
+from tests.detector.data_sets import (
+    AS_IS,
+    HEIGHT,
+    WIDTH,
+    assert_same_items,
+    change_json,
+    config_of,
+    dataset_of,
+    items_of,
+    write_coco_layout,
+    write_images,
+    write_other_layout,
+)
 
 
 @pytest.fixture
 def folder(tmp_path):
     write_other_layout(tmp_path)
     return tmp_path
-
-
-def config_of(folder, **changes):
-    options = dict(data_path=str(folder), short_sides=(0,), crop=False, horizontal_flip=0.0)
-    return DataConfig(**options | changes)
-
-
-def dataset_of(folder, augmentation=AS_IS, training=True, **options):
-    images = folder / ("train" if training else "valid")
-    json_file = images / "_annotations.coco.json"
-    return CocoDetection(images, json_file, augmentation, training=training, **options)
-
-
-def change_json(folder, change, split="train"):
-    path = folder / split / "_annotations.coco.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-
-
-def assert_same_items(a, b):
-    assert len(a) == len(b)
-    for (image_a, target_a), (image_b, target_b) in zip(a, b, strict=True):
-        torch.testing.assert_close(image_a, image_b, rtol=0, atol=0)
-        torch.testing.assert_close(target_a, target_b, rtol=0, atol=0)
-
-
-def items_of(loader):
-    """All items, without their padding."""
-    items = []
-    for batch in loader:
-        for image, target in zip(batch.images, batch.targets, strict=True):
-            height, width = target["size"].tolist()
-            items.append((image[:, :height, :width], target))
-    return items
 
 
 # ---- reading -------------------------------------------------------------------------------------
@@ -206,89 +133,6 @@ def test_images_kept_in_memory_are_the_same(folder):
 
 
 # ---- augmentation --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def painted():
-    """A picture with two coloured rectangles, and their boxes."""
-    pixels = np.full((300, 420, 3), 40, dtype=np.uint8)
-    pixels[50:170, 30:130] = (255, 0, 0)
-    pixels[120:260, 280:400] = (0, 255, 0)
-    boxes = torch.tensor([[30.0, 50, 130, 170], [280, 120, 400, 260]])
-    return Image.fromarray(pixels), boxes
-
-
-def test_augmented_boxes_stay_on_their_objects(painted):
-    seen = set()
-    for seed in range(40):
-        labels = torch.tensor([0, 1])
-        image, boxes, labels = ORIGINAL(*painted, labels, np.random.default_rng(seed))
-        pixels = np.asarray(image)
-        assert len(boxes) == len(labels)
-        seen.add((pixels.shape, len(labels)))
-        for channel in (0, 1):
-            rows, columns = np.nonzero(pixels[..., channel] > 150)
-            if channel not in labels:
-                assert len(rows) < 0.01 * pixels[..., 0].size
-                continue
-            box = boxes[labels == channel][0].tolist()
-            around = columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
-            np.testing.assert_allclose(box, around, atol=1.5)
-    assert len(seen) > 15
-    assert {count for _, count in seen} >= {1, 2}
-
-
-def test_a_flip_mirrors_picture_and_boxes(painted):
-    flipping = Augmentation((0,), 1333, crop=False, horizontal_flip=1.0)
-    image, boxes, _ = flipping(*painted, torch.tensor([0, 1]), np.random.default_rng(0))
-    assert boxes.tolist() == [[290, 50, 390, 170], [20, 120, 140, 260]]
-    np.testing.assert_array_equal(np.asarray(image), np.asarray(painted[0])[:, ::-1])
-
-
-@pytest.mark.parametrize(
-    ("size", "short_side", "expected"),
-    [
-        ((640, 480), 800, (1066, 800)),
-        ((480, 640), 800, (800, 1066)),
-        ((1000, 400), 800, (1332, 533)),  # the longer side would be 2000
-        ((300, 300), 480, (480, 480)),
-        ((5000, 1), 800, (1333, 1)),  # no side can be 0
-        ((1, 5000), 800, (1, 1333)),
-        ((123, 45), 0, (123, 45)),
-        ((2000, 1000), 0, (1332, 666)),
-    ],
-)
-def test_sizes_are_the_original_ones(size, short_side, expected):
-    boxes = torch.tensor([[0.0, 0, *size]])
-    image, boxes = resize(Image.new("RGB", size), boxes, short_side, 1333)
-    assert image.size == expected
-    torch.testing.assert_close(boxes, torch.tensor([[0.0, 0, *expected]]))
-
-
-def test_training_draws_among_short_sides_and_evaluation_takes_the_last(painted):
-    config = DataConfig(crop=False)
-    sides = set()
-    for seed in range(150):
-        training = Augmentation.of(config, training=True)
-        image, *_ = training(*painted, torch.tensor([0, 1]), np.random.default_rng(seed))
-        sides.add(min(image.size))
-    assert sides == set(range(480, 801, 32))
-    evaluation = Augmentation.of(DataConfig(), training=False)
-    for seed in range(5):
-        image, boxes, _ = evaluation(*painted, torch.tensor([0, 1]), np.random.default_rng(seed))
-        assert image.size == (1120, 800)
-        assert boxes[0, 0] == 80  # not mirrored
-
-
-def test_a_crop_has_sides_of_384_to_600(monkeypatch, painted):
-    cropping = Augmentation((0,), 1333, crop=True, horizontal_flip=0.0)
-    sizes = set()
-    for seed in range(60):
-        image, *_ = cropping(*painted, torch.tensor([0, 1]), np.random.default_rng(seed))
-        sizes.add(image.size)
-    assert painted[0].size in sizes
-    sides = {side for size in sizes - {painted[0].size} for side in size}
-    assert 384 <= min(sides) < 420 and 560 < max(sides) <= 600
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -399,186 +243,6 @@ def test_loading_leaves_the_random_numbers_of_training_alone(folder):
     before = torch.get_rng_state()
     list(make_loader(dataset_of(folder), 2, num_workers=1))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-# ---- generated data ------------------------------------------------------------------------------
-
-FEW_DIGITS = replace(digits.DIGITS, num_train=6, num_val=3)
-FEW_SHAPES = replace(shapes.EASY, num_train=6, num_val=3)
-make_either = pytest.mark.parametrize(
-    "make",
-    [
-        lambda cache: digits.make_digits(FEW_DIGITS, str(cache)),
-        lambda cache: shapes.make_shapes(FEW_SHAPES, str(cache)),
-    ],
-    ids=["digits", "shapes"],
-)
-
-
-def bytes_of(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
-@make_either
-def test_generated_data_is_the_same_each_time(make, tmp_path):
-    first, second = make(tmp_path / "a"), make(tmp_path / "b")
-    assert first.name == second.name
-    assert len(bytes_of(first)) == 6 + 3 + 2
-    assert bytes_of(first) == bytes_of(second)
-    pictures = [content for name, content in bytes_of(first).items() if name.endswith("png")]
-    assert len(set(pictures)) == 9  # nor do training and validation share one
-
-
-@make_either
-def test_generated_data_is_kept(make, tmp_path, monkeypatch):
-    folder = make(tmp_path)
-    monkeypatch.setattr(generated, "_write", None)
-    assert make(tmp_path) == folder
-
-
-@make_either
-def test_a_part_of_generated_data_never_passes_for_all(make, tmp_path, monkeypatch):
-    def interrupted(written, *_, **options):
-        yield next(iter(written))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(generated, "tqdm", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path)
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    assert len(bytes_of(make(tmp_path))) == 6 + 3 + 2
-
-
-@make_either
-def test_whoever_is_second_to_generate_takes_what_is_there(make, tmp_path, monkeypatch):
-    first = make(tmp_path / "first")
-    rename = generated._rename
-
-    def overtaken(source, target):
-        first.rename(target)
-        rename(source, target)
-
-    monkeypatch.setattr(generated, "_rename", overtaken)
-    folder = make(tmp_path / "second")
-    assert not first.exists()
-    assert [path.name for path in (tmp_path / "second").iterdir()] == [folder.name]
-    assert len(bytes_of(folder)) == 6 + 3 + 2
-
-
-def test_a_cache_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match=r"file/shapes-easy-v1-.* cannot be written: .*File exists"):
-        shapes.make_shapes(FEW_SHAPES, str(tmp_path / "file"))
-
-
-def test_another_preset_has_another_folder(tmp_path):
-    other = replace(FEW_SHAPES, num_val=2)
-    assert shapes.make_shapes(FEW_SHAPES, str(tmp_path)) != shapes.make_shapes(other, str(tmp_path))
-
-
-def test_training_and_validation_share_no_digit_and_no_part_of_a_photograph():
-    train, valid = (digits.DigitRenderer.of(digits.DIGITS, split) for split in ("train", "valid"))
-    everything = digits.load_digits()
-    assert len(train.digits) + len(valid.digits) == len(everything.images)
-    assert len(valid.digits) > 300
-    every = {digit.tobytes() for digit in train.digits}
-    assert not any(digit.tobytes() in every for digit in valid.digits)
-    assert set(train.labels) == set(valid.labels) == set(range(10))
-    for left, right, photo in zip(
-        train.photographs, valid.photographs, digits.load_sample_images().images, strict=True
-    ):
-        np.testing.assert_array_equal(np.concatenate([left, right], 1), photo)
-        assert min(left.shape[:2] + right.shape[:2]) >= digits.CROP_SIDES[1]
-
-
-def test_a_digit_fills_its_box():
-    renderer = digits.DigitRenderer.of(digits.DIGITS, "train")
-    for seed in range(50):
-        random = np.random.default_rng(seed)
-        alpha = digits.cut_out(renderer.digits[seed], 16 + seed % 29, random)
-        assert max(alpha.shape) == 16 + seed % 29
-        for border in (alpha[0], alpha[-1], alpha[:, 0], alpha[:, -1]):
-            assert border.max() > 0.2
-        assert 0.15 < alpha.mean() < 0.95
-
-
-@pytest.mark.parametrize("shape", shapes.CATEGORIES)
-@pytest.mark.parametrize("extent", [6, 13, 48])
-def test_a_shape_fills_its_box(shape, extent):
-    mask = shapes.mask(shape, extent)
-    assert mask.shape == (extent, extent)
-    for border in (mask[0], mask[-1], mask[:, 0], mask[:, -1]):
-        assert border.max() > 0.1
-    np.testing.assert_allclose(mask, mask[:, ::-1], atol=1.01 / shapes.SUPERSAMPLING)
-
-
-@pytest.mark.parametrize(
-    "preset", [digits.DIGITS, shapes.EASY, shapes.HARD, shapes.GPU_HARD], ids=lambda p: p.name
-)
-def test_objects_are_inside_and_hardly_overlap(preset):
-    render = (
-        digits.DigitRenderer.of(preset, "valid")
-        if preset is digits.DIGITS
-        else lambda random: shapes.render(preset, random)
-    )
-    seen, counts = set(), []
-    for seed in range(15):
-        pixels, boxes, labels = render(np.random.default_rng(seed))
-        side = preset.image_side
-        assert pixels.shape == (side, side, 3) and pixels.dtype == np.uint8
-        assert len(boxes) == len(labels)
-        seen |= set(labels)
-        counts.append(len(labels))
-        for i, (x, y, width, height) in enumerate(boxes):
-            assert min(x, y) >= 0 and max(x + width, y + height) <= side
-            assert preset.object_sides[0] <= max(width, height) <= preset.object_sides[1]
-            for other_x, other_y, other_width, other_height in boxes[:i]:
-                across = min(x + width, other_x + other_width) - max(x, other_x)
-                down = min(y + height, other_y + other_height) - max(y, other_y)
-                smaller = min(width * height, other_width * other_height)
-                assert max(across, 0) * max(down, 0) <= 0.15 * smaller
-    assert len(seen) > 5
-    assert min(counts) >= 1 and max(counts) <= preset.objects[1]
-    assert np.mean(counts) > 0.7 * np.mean(preset.objects)
-
-
-def test_colours_stand_out_from_what_is_under_them():
-    renderer = digits.DigitRenderer.of(digits.DIGITS, "train")
-    weights = np.array([0.299, 0.587, 0.114])
-    colours = []
-    for seed in range(60):
-        random = np.random.default_rng(seed)
-        under = renderer._background(random)[10:40, 20:40]
-        colours.append(generated.contrasting_colour(under, random))
-        luminance, own = under @ weights, colours[-1] @ weights
-        share_darker, share_lighter = (luminance < own - 25).mean(), (luminance > own + 25).mean()
-        assert max(share_darker, share_lighter) > 0.85
-    assert np.std(colours, axis=0).min() > 50
-
-
-def test_generated_sets_are_built_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(digits, "DIGITS", FEW_DIGITS)
-    monkeypatch.setitem(shapes.PRESETS, "shapes-hard", replace(shapes.HARD, num_train=3, num_val=2))
-    for name, sizes, side in (("digits", (6, 3), 96), ("shapes-hard", (3, 2), 128)):
-        sets = build_datasets(config_of("", dataset=name, cache_dir=str(tmp_path)))
-        assert tuple(len(dataset) for dataset in sets) == sizes
-        for dataset in sets:
-            assert dataset.area_sides == (12, 24)
-            assert dataset[0][0].shape == (3, side, side)
-            assert dataset.categories == list(
-                digits.CATEGORIES if name == "digits" else shapes.CATEGORIES
-            )
-
-
-def test_digits_are_not_mirrored(tmp_path):
-    config = config_of("", dataset="digits", cache_dir=str(tmp_path), horizontal_flip=0.5)
-    with pytest.raises(ValueError, match=r"horizontal_flip must be 0 for digits.*got 0\.5"):
-        build_datasets(config)
 
 
 # ---- bad input -----------------------------------------------------------------------------------

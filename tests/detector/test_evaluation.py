@@ -35,9 +35,7 @@ CONFIG = PRESETS["shapes-easy"].replace(
 FASTER = (faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster)
 
 
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

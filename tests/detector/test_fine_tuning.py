@@ -12,7 +12,7 @@ from detector import saving
 from detector.backbone import RESNET_BLOCKS
 from detector.data.shapes import CATEGORIES
 from detector.model import build_model
-from tests.detector.small_models import original_file, randomise, small_config
+from tests.detector.small_models import original_file, randomise, resnet_config
 from tests.detector.small_runs import SMALL_RUN
 
 ONE_STEP = "--device cpu --max-minutes 1e-9"
@@ -49,7 +49,7 @@ def official(tmp_path_factory):
     """A file of the original's layout for COCO: 91 columns."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RESNET_BLOCKS, "resnet50", (1, 1, 1, 1))
-        model = randomise(build_model(small_config("two_stage", num_classes=91, dropout=0.25)))
+        model = randomise(build_model(resnet_config("two_stage", num_classes=91, dropout=0.25)))
     path = tmp_path_factory.mktemp("official") / "r50_deformable_detr-checkpoint.pth"
     return original_file(path, model), model.state_dict()
 

@@ -28,9 +28,7 @@ SETTINGS = (
 TINY = SETTINGS.split()
 
 
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

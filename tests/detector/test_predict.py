@@ -34,9 +34,7 @@ CONFIG = PRESETS["shapes-easy"].replace(
 NAMES = ["cat", "dog", "mouse"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(set_threads):
-    set_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(**changes):

@@ -19,7 +19,7 @@ from detector.model import build_model
 from msda import ops
 from msda.reference import ms_deform_attn_reference
 from msda.testing import OPERATOR, call, make_fused_inputs, make_inputs
-from tests.detector.test_model import flat, padded_batch, randomise, small_config
+from tests.detector.small_models import flat, padded_batch, randomise, tiny_config
 from tests.helpers.inputs import off_edges
 from tests.helpers.results import assert_close, compute, compute_exactly
 
@@ -273,7 +273,7 @@ SMALL = dict(num_encoder_layers=1, num_feature_levels=3)
     ids=["multi_scale", "iter_refine"],
 )
 def test_detector_agrees(variant, padded, layers):
-    config = small_config(variant, num_decoder_layers=layers, **SMALL)
+    config = tiny_config(variant, num_decoder_layers=layers, **SMALL)
     model = randomise(build_model(config)).eval()
     batch = padded_batch(torch.float32)[: 1 + padded]
     assert_detector_agrees(export(model, batch), model, batch)
@@ -281,7 +281,7 @@ def test_detector_agrees(variant, padded, layers):
 
 @torch.no_grad()
 def test_two_stage_detector_takes_any_batch_and_image_size():
-    model = randomise(build_model(small_config("two_stage", **SMALL))).eval()
+    model = randomise(build_model(tiny_config("two_stage", **SMALL))).eval()
     sizes = {0: "batch", 2: "height", 3: "width"}
     program = export(
         model,

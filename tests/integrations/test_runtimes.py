@@ -11,7 +11,7 @@ import msda.onnx
 from detector.model import build_model
 from msda import ops
 from msda.testing import make_inputs
-from tests.detector.test_model import padded_batch, randomise, small_config
+from tests.detector.small_models import padded_batch, randomise, tiny_config
 from tests.helpers.results import assert_close, compute
 from tests.integrations.runtime_libraries import onnxruntime_library, openvino_library
 from tests.integrations.test_onnx import (
@@ -159,7 +159,7 @@ def test_a_module_takes_any_batch_queries_and_image_size(load):
 @pytest.fixture(scope="module")
 def detector():
     """A two-stage detector and its program, for images of any number and size."""
-    model = randomise(build_model(small_config("two_stage", **SMALL))).eval()
+    model = randomise(build_model(tiny_config("two_stage", **SMALL))).eval()
     sizes = {0: "batch", 2: "height", 3: "width"}
     program = export_nodes(
         model,

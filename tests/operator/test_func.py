@@ -259,7 +259,7 @@ def test_per_sample_gradients_equal_a_loop(device):
             assert relative_error(gradient[i], other) < 1e-12, name
 
 
-def test_functional_call_runs_with_the_parameters_that_it_is_leaves(device):
+def test_functional_call_runs_with_the_parameters_that_it_is_given(device):
     module, samples = module_and_samples(device)
     other, _ = module_and_samples(device)
     torch.nn.init.normal_(other.output_proj.weight)

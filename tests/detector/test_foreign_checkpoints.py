@@ -1,26 +1,19 @@
-"""Checkpoints of other programs: whatever is beside the weights, and whatever is no checkpoint."""
+"""Checkpoints of other programs: what is beside the weights, where they are, other formats."""
 
 import argparse
-import builtins
 import collections
-import contextlib
 import datetime
 import decimal
 import enum
 import functools
-import io
 import json
 import logging
 import os
 import pathlib
-import pickle
 import random
 import re
-import subprocess
 import sys
-import tarfile
 import types
-import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,46 +22,14 @@ import torch
 import train
 from torch import nn
 
-from detector import files, pickles, saving
 from detector.backbone import Backbone
 from detector.checkpoints import load_model, read_checkpoint
-from detector.model import DeformableDETR, build_model
-from tests.detector.small_models import VARIANTS, original_file, small_config
-
-
-def weights_of(config):
-    """A state dict of one number per tensor, so that files are small and quickly written."""
-    with torch.device("meta"):
-        state = DeformableDETR(config).state_dict(keep_vars=True)
-    numbers = {id(tensor): torch.rand(()) for tensor in state.values()}  # some are one tensor
-    return {key: numbers[id(tensor)].expand(tensor.shape) for key, tensor in state.items()}
-
-
-@pytest.fixture(scope="module")
-def weights():
-    return weights_of(small_config(num_heads=8))
-
-
-def assert_holds(path, weights):
-    """The file gives these weights, and a model takes them."""
-    read = read_checkpoint(path)
-    assert read.state.keys() == weights.keys()
-    assert all(torch.equal(read.state[key], tensor) for key, tensor in weights.items())
-    assert all(type(tensor) in (torch.Tensor, nn.Parameter) for tensor in read.state.values())
-    return read
-
-
-def refusal(path, **options):
-    """What is said of a file that cannot be used: one line that names it."""
-    with pytest.raises((ValueError, OSError, ImportError)) as error:
-        read_checkpoint(path, **options)
-    text = str(error.value)
-    assert text.startswith(str(path))
-    assert "\n" not in text
-    return text
-
+from detector.model import build_model
+from tests.detector.foreign_files import OTHERS, assert_holds, refusal, weights_of
+from tests.detector.small_models import DEFORMABLE, original_file, resnet_config
 
 # ---- beside the weights --------------------------------------------------------------------------
+
 
 # A library that is installed where the file is written, and not where it is read.
 elsewhere = types.ModuleType("elsewhere")
@@ -277,13 +238,14 @@ def _with(target, attributes):
 @pytest.mark.parametrize("kind", AS_SETTINGS)
 def test_settings_beside_the_weights_are_found_in_any_object(tmp_path, library, kind):
     path = tmp_path / "checkpoint.pth"
-    config = small_config("two_stage", dropout=0.25)
+    config = resnet_config("two_stage", dropout=0.25)
     torch.save({"model": weights_of(config), "args": AS_SETTINGS[kind]()}, path)
     library()
     assert read_checkpoint(path).config.model == config
 
 
 # ---- where the weights are -----------------------------------------------------------------------
+
 
 PLACES = {
     "alone": lambda w: w,
@@ -347,7 +309,7 @@ def test_weights_are_found_wherever_others_keep_them(tmp_path, weights, place, l
 
 
 def test_weights_in_half_precision_fill_a_model(tmp_path, shallow_resnet):
-    model = build_model(small_config(num_heads=8))
+    model = build_model(resnet_config(num_heads=8))
     half = {key: tensor.half() for key, tensor in model.state_dict().items()}
     torch.save({"model": half}, tmp_path / "half.pth")
     loaded, _ = load_model(tmp_path / "half.pth")
@@ -361,299 +323,6 @@ def test_a_variable_that_forbids_other_unpicklers_is_no_obstacle(tmp_path, weigh
     torch.save({"model": weights, "path": pathlib.Path("x")}, tmp_path / "checkpoint.pth")
     assert_holds(tmp_path / "checkpoint.pth", weights)
     assert os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] == "1"
-
-
-# ---- attacks -------------------------------------------------------------------------------------
-
-
-class Call:
-    """Pickled as a call of a function."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
-def raw(*parts):
-    """A pickle put together by hand, of protocol 2."""
-    return b"\x80\x02" + b"".join(parts) + b"."
-
-
-def name(module, attribute):
-    return f"c{module}\n{attribute}\n".encode()
-
-
-def text(value):
-    return b"X" + len(value).to_bytes(4, "little") + value.encode()
-
-
-def tuple_of(*parts):
-    return b"(" + b"".join(parts) + b"t"
-
-
-FOLDER = "made_by_an_attack"
-CODE = f"import os; os.mkdir({FOLDER!r})"
-CALLS = {
-    "mkdir": lambda: Call(os.mkdir, FOLDER),
-    "system": lambda: Call(os.system, f"mkdir {FOLDER}"),
-    "exec": lambda: Call(exec, CODE),
-    "eval": lambda: Call(eval, f"__import__('os').mkdir({FOLDER!r})"),
-    "compile": lambda: Call(builtins.compile, CODE, "x", "exec"),
-    "import": lambda: Call(builtins.__import__, "antigravity"),
-    "open": lambda: Call(open, FOLDER, "w"),
-    "popen": lambda: Call(subprocess.Popen, ["mkdir", FOLDER]),
-    "check_output": lambda: Call(subprocess.check_output, ["mkdir", FOLDER]),
-    "torch_load": lambda: Call(torch.load, FOLDER),
-    "torch_hub": lambda: Call(torch.hub.load, "somebody/something", "model"),
-    "load_from_bytes": lambda: Call(
-        torch.storage._load_from_bytes, pickle.dumps(Call(os.mkdir, FOLDER))
-    ),
-    "pathlib": lambda: Call(pathlib.Path.mkdir, pathlib.Path(FOLDER)),
-    "own_function": lambda: Call(made_by_a_library),
-}
-
-
-def made_by_a_library():
-    os.mkdir(FOLDER)
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-@pytest.mark.parametrize("kind", CALLS)
-def test_a_call_in_a_checkpoint_is_refused_and_not_run(
-    tmp_path, monkeypatch, weights, kind, legacy
-):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "checkpoint.pth"
-    content = {"format": 1, "optimizer": {}, "model": weights, "epoch": CALLS[kind]()}
-    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
-    before = sorted(os.listdir())
-    said = refusal(path)
-    assert sorted(os.listdir()) == before
-    assert "nothing of it was run" in said or "reading it failed" in said
-    with pytest.raises(saving.CheckpointError):
-        saving.load(path)
-    assert sorted(os.listdir()) == before
-
-
-RAW = {
-    "system": raw(name("posix", "system"), tuple_of(text(f"mkdir {FOLDER}")), b"R"),
-    "new": raw(name("subprocess", "Popen"), tuple_of(text("ls")), b"\x81", text("x"), b"b"),
-    "partial": raw(
-        name("functools", "partial"), tuple_of(name("os", "mkdir"), text(FOLDER)), b"R)R"
-    ),
-    "python_2": raw(name("__builtin__", "eval"), tuple_of(text("1")), b"R"),
-    "dotted": raw(name("torch", "os.mkdir"), tuple_of(text(FOLDER)), b"R"),
-    "of_what_is_known": raw(
-        name("builtins", "getattr"),
-        tuple_of(name("collections", "OrderedDict"), text("__init__")),
-        b"R",
-    ),
-    "new_by_a_detour": raw(
-        name("copyreg", "__newobj__"), tuple_of(name("builtins", "getattr")), b"R"
-    ),
-    "attributes_of_a_stand_in": raw(
-        name("os", "mkdir"), tuple_of(b"N", b"}" + text("harmless") + b"\x88s"), b"b",
-        tuple_of(text(FOLDER)), b"R",
-    ),
-    "attributes_of_what_is_known": raw(
-        name("torch._utils", "_rebuild_tensor_v2"),
-        tuple_of(b"N", b"}" + text("_function") + name("os", "mkdir") + b"s"), b"b",
-        tuple_of(text(FOLDER)), b"R",
-    ),
-    "state": raw(
-        name("torch._utils", "_rebuild_tensor"), b"}" + text("__code__") + b"Ns", b"b", b"0N"
-    ),
-    "encoding": raw(name("_codecs", "encode"), tuple_of(text("a"), text("rot13")), b"R"),
-    "extension": raw(b"\x82\x01"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", RAW)
-def test_pickles_made_by_hand_run_nothing(tmp_path, monkeypatch, kind):
-    monkeypatch.chdir(tmp_path)
-    harmless = {name: dict(vars(kind)) for name, kind in _known_classes().items()}
-    with contextlib.suppress(Exception):
-        made = pickles.load(io.BytesIO(RAW[kind]))
-        assert isinstance(made, (pickles.Unknown, type(None)))
-    assert os.listdir() == []
-    assert {name: dict(vars(kind)) for name, kind in _known_classes().items()} == harmless
-    assert vars(torch._utils._rebuild_tensor) == vars(torch._utils._rebuild_tensor_v2) == {}
-    # What the next file asks for is judged as ever.
-    with pytest.raises(pickles.Refused, match=r"call of os\.mkdir, which may do anything"):
-        pickles.load(io.BytesIO(raw(name("os", "mkdir"), tuple_of(text(FOLDER)), b"R")))
-
-
-def _known_classes():
-    return {kind.__name__: kind for kind in (torch.Tensor, nn.Parameter, torch.UntypedStorage)}
-
-
-# ---- what is no checkpoint -----------------------------------------------------------------------
-
-
-def traced(path):
-    module = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
-    module.save(path)
-
-
-def exported(path):
-    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), path)
-
-
-def zipped(path):
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in ("r50.pth", "README.md", "a", "b"):
-            archive.writestr(file, "x")
-
-
-def packed(path):
-    with tarfile.open(path, "w") as archive:
-        archive.addfile(tarfile.TarInfo("r50.pth"))
-
-
-def onnx_model(path):
-    onnx = pytest.importorskip("onnx")
-    value = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
-    node = onnx.helper.make_node("Identity", ["x"], ["y"])
-    result = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
-    graph = onnx.helper.make_graph([node], "g", [value], [result])
-    onnx.save(onnx.helper.make_model(graph, producer_name="pytorch"), path)
-
-
-def content(data):
-    return lambda path: path.write_bytes(data)
-
-
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 159000000\n"
-OTHERS = {
-    "web_page": (content(b"<!DOCTYPE html><html>Sign in"), "a web page: .* fetch it by a browser"),
-    "web_page_late": (content(b"\n\n <html><body>quota"), "a web page"),
-    "xml": (content(b"<?xml version='1.0'?><Error>AccessDenied</Error>"), "a web page"),
-    "lfs": (content(LFS), "a git-lfs pointer to a file: fetch that by `git lfs pull`"),
-    "empty": (content(b""), "an empty file: .*; fetch or copy it again"),
-    "zeros": (content(bytes(5000)), "zeros: .*; fetch or copy it again"),
-    "text": (content(b"Repository not found\n"), "a text that begins with 'Repository not found'"),
-    "json": (content(b'{"images": []}'), "a text that begins with"),
-    "noise": (content(b"\xf1\xf2\x03\x04" * 20), "a file of unknown kind"),
-    "gzip": (content(b"\x1f\x8b\x08" + bytes(99)), "a packed file: unpack it by gunzip"),
-    "tar": (packed, "a tar archive: unpack it by tar -xf"),
-    "zip": (zipped, r"a zip archive of r50\.pth, README\.md, a, \.\.\.: unpack it"),
-    "numpy": (lambda path: np.savez(path.open("wb"), a=np.ones(2)), r"a zip archive of a\.npy"),
-    "numpy_array": (lambda path: np.save(path.open("wb"), np.ones(2)), "an array of NumPy"),
-    "pickle": (content(pickle.dumps({"a": 1})), "a pickle that torch.save did not write"),
-    "torch_script": (traced, r"a TorchScript archive .*give the checkpoint that it was made from"),
-    "exported": (exported, r"an exported program .*give the checkpoint that it was made from"),
-    "onnx": (onnx_model, "an ONNX model, which cannot be read back: give the checkpoint"),
-    "image": (content(b"\x89PNG\r\n\x1a\n" + bytes(99)), "an image"),
-    "hdf5": (content(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file"),
-    "folder": (lambda path: path.mkdir(), "a folder; give a file"),
-    "device": (lambda path: os.mkfifo(path), "something that is no file"),
-    "tensor": (lambda path: torch.save(torch.ones(2), path), "must hold a dict, got Tensor"),
-    "module": (
-        lambda path: torch.save(nn.Linear(2, 2), path),
-        r"got an object of the class torch\.nn\.modules\.linear\.Linear: .*\(state_dict\(\)\)",
-    ),
-    "no_weights": (
-        lambda path: torch.save({"epoch": 3, "student": {"w": torch.ones(2)}}, path),
-        "a file in which no weights are known by name: epoch, student",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".safetensors"])
-@pytest.mark.parametrize("kind", OTHERS)
-def test_what_is_no_checkpoint_is_told_by_its_kind(tmp_path, kind, suffix):
-    make, message = OTHERS[kind]
-    path = tmp_path / f"r50{suffix}"
-    make(path)
-    said = refusal(path)
-    assert re.search(message, said), said
-    with pytest.raises(saving.CheckpointError, match=re.escape(str(path))) as error:
-        saving.load(path)
-    assert "\n" not in str(error.value)
-
-
-def test_a_download_that_broke_off_is_told(tmp_path, weights):
-    path = tmp_path / "r50.pth"
-    torch.save({"model": weights}, path)
-    whole = path.read_bytes()
-    for size in (3, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        assert re.search(r"must be a checkpoint, (but reading it failed|got)", refusal(path))
-    assert f"(it has {len(whole) - 1:,} bytes); fetch or copy it again" in refusal(path)
-
-
-def test_a_missing_file_is_told_with_what_is_beside_it(tmp_path):
-    assert refusal(tmp_path / "r50.pth") == f"{tmp_path}/r50.pth does not exist; check the name"
-    torch.save({}, tmp_path / "r50-e49.pth")
-    assert refusal(tmp_path / "r50.pth").endswith("does not exist; its folder holds r50-e49.pth")
-    assert refusal(tmp_path / "no" / "r50.pth").endswith("does not exist; nor does its folder")
-    for option, given in (("--weights", "--weights "), ("", "")):
-        said = refusal(tmp_path, option=option)
-        assert said.endswith(f"got a folder; give a file in it: {given}{tmp_path}/r50-e49.pth")
-    with pytest.raises(FileNotFoundError, match="is an address: download it first, and give the"):
-        read_checkpoint("https://example.org/r50.pth")
-    (tmp_path / "link.pth").symlink_to(tmp_path / "gone.pth")
-    assert "does not exist" in refusal(tmp_path / "link.pth")
-
-
-def test_a_file_that_may_not_be_read_is_told(tmp_path, weights, monkeypatch):
-    path = tmp_path / "r50.pth"
-    torch.save({"model": weights}, path)
-
-    def forbidden(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(files, "open", forbidden, raising=False)
-    assert refusal(path).endswith(
-        f"may not be read by this user: chmod u+r {path}, or ask its owner"
-    )
-
-
-MODELS = {
-    "detr": (
-        {
-            "transformer.encoder.layers.0.self_attn.in_proj_weight": torch.ones(768, 256),
-            "query_embed.weight": torch.ones(100, 256),
-        },
-        "got those of DETR, which attends otherwise",
-    ),
-    "mmdetection": (
-        {"bbox_head.cls_branches.0.weight": torch.ones(80, 256)},
-        "got those of mmdetection, which has other names",
-    ),
-    "resnet": (
-        {
-            "conv1.weight": torch.ones(64, 3, 7, 7),
-            "layer1.0.conv1.weight": torch.ones(64, 64, 1, 1),
-        },
-        "got those of a ResNet alone, which --backbone-weights takes",
-    ),
-    "yolo": (
-        {"model.0.conv.weight": torch.ones(2), "model.1.conv.weight": torch.ones(2)},
-        "got those of another model: model.0.conv.weight, model.1.conv.weight",
-    ),
-}
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_weights_of_other_models_are_told_apart(tmp_path, kind):
-    state, message = MODELS[kind]
-    for content in ({"model": state, "epoch": 3}, state):
-        torch.save(content, tmp_path / "other.pth")
-        said = refusal(tmp_path / "other.pth")
-        assert "must have the key transformer.level_embed, " + message in said
-
-
-def test_another_backbone_is_told(tmp_path, weights):
-    swin = {
-        key.replace(".body.layer", ".body.features."): tensor for key, tensor in weights.items()
-    }
-    torch.save({"model": swin}, tmp_path / "swin.pth")
-    said = refusal(tmp_path / "swin.pth")
-    assert "backbone must be one of {'resnet50'" in said
-    assert "got (0, 0, 0, 0) blocks, in backbone.0.body.conv1.weight, " in said
 
 
 # ---- safetensors and transformers ----------------------------------------------------------------
@@ -696,17 +365,17 @@ def test_folders_of_transformers_are_told_apart(tmp_path, weights):
     )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", DEFORMABLE)
 def test_older_folders_of_transformers_are_read(tmp_path, variant):
     from detector.checkpoints import to_transformers
 
-    weights = weights_of(small_config(variant))
+    weights = weights_of(resnet_config(variant))
     settings = dict(encoder_attention_heads=4, decoder_attention_heads=4, num_queries=20)
     settings |= dict(two_stage=variant == "two_stage", two_stage_num_proposals=20, dropout=0.1)
     (tmp_path / "config.json").write_text(json.dumps(settings))
     theirs = {key: tensor.clone() for key, tensor in to_transformers(weights).items()}
     torch.save(theirs, tmp_path / "pytorch_model.bin")
-    assert assert_holds(tmp_path, weights).config.model == small_config(variant)
+    assert assert_holds(tmp_path, weights).config.model == resnet_config(variant)
 
 
 # ---- the backbone --------------------------------------------------------------------------------
