@@ -1,13 +1,8 @@
 """`import msda.drop_in` gives research code the compiled operator that it imports, and says so."""
 
 import importlib
-import json
-import multiprocessing.spawn
-import pickle
 import re
-import subprocess
 import sys
-import textwrap
 import warnings
 from importlib.machinery import EXTENSION_SUFFIXES
 
@@ -18,168 +13,9 @@ from msda import ops
 from msda.reference import ms_deform_attn_reference
 from msda.testing import make_inputs
 from tests.helpers.results import assert_close
+from tests.integrations.stand_in_packages import LIBRARIES, PACKAGES, REAL, USERS, status
 
 SHAPES = [(5, 7), (3, 2)]
-LIBRARIES = (
-    "MultiScaleDeformableAttention",
-    "groundingdino",
-    "detrex",
-    "mmcv",
-    "DCNv4",
-    "research",
-)
-
-# What the libraries are made of, as far as the operator goes.
-WRAPPER = """
-    import torch
-
-    {import_extension}
-
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, value, shapes, start, locations, weights, step):
-            ctx.step = step
-            ctx.save_for_backward(value, shapes, start, locations, weights)
-            return extension.ms_deform_attn_forward(value, shapes, start, locations, weights, step)
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, grad_output):
-            gradients = extension.ms_deform_attn_backward(*ctx.saved_tensors, grad_output, ctx.step)
-            grad_value, grad_locations, grad_weights = gradients
-            return grad_value, None, None, grad_locations, grad_weights, None
-
-    def multi_scale_deformable_attn_pytorch(
-        value, value_spatial_shapes, sampling_locations, attention_weights
-    ):
-        return "slow"
-"""
-RESEARCH = WRAPPER.format(import_extension="import MultiScaleDeformableAttention as extension")
-GROUNDING_DINO = WRAPPER.format(
-    import_extension="""
-    import warnings
-    try:
-        from groundingdino import _C
-    except:
-        warnings.warn("no compiled operator")
-    """
-).replace("extension.ms", "_C.ms")
-DETREX = (
-    WRAPPER.format(import_extension="").replace("extension.ms", "_C.ms")
-    + """
-    try:
-        from detrex import _C
-    except ImportError:
-        Attention = None
-"""
-)
-MMCV_LOADER = """
-    import importlib
-
-    def load_ext(name, functions):
-        extension = importlib.import_module("mmcv." + name)
-        for function in functions:
-            assert hasattr(extension, function), function
-        return extension
-"""
-MMCV_OPS = """
-    from ..utils.ext_loader import load_ext
-    boxes = load_ext("_ext", ["nms", "roi_align_forward"])
-    info = load_ext("_ext", ["get_compiler_version"])
-    from .multi_scale_deform_attn import Attention
-"""
-MMCV = """
-    import torch
-    from ..utils.ext_loader import load_ext
-
-    extension = ext_module = load_ext("_ext", ["ms_deform_attn_backward", "ms_deform_attn_forward"])
-
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, value, shapes, start, locations, weights, step):
-            ctx.step = step
-            ctx.save_for_backward(value, shapes, start, locations, weights)
-            return extension.ms_deform_attn_forward(
-                value, shapes, start, locations, weights, im2col_step=step
-            )
-
-        @staticmethod
-        def backward(ctx, grad_output):
-            value, shapes, start, locations, weights = ctx.saved_tensors
-            gradients = [torch.full_like(t, float("nan")) for t in (value, locations, weights)]
-            nothing = extension.ms_deform_attn_backward(
-                *ctx.saved_tensors, grad_output.contiguous(), *gradients, im2col_step=ctx.step
-            )
-            assert nothing is None
-            return gradients[0], None, None, gradients[1], gradients[2], None
-
-    def multi_scale_deformable_attn_pytorch(
-        value, value_spatial_shapes, sampling_locations, attention_weights
-    ):
-        return "slow"
-"""
-FLASH = """
-    import torch
-    from DCNv4 import ext
-
-    class Attention(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, value, shapes, start, packed, step, num_points):
-            ctx.options = step, num_points
-            ctx.save_for_backward(value, shapes, start, packed)
-            return ext.flash_deform_attn_forward(
-                value, shapes, start, packed, step, num_points, 8, 512
-            )
-
-        @staticmethod
-        def backward(ctx, grad_output):
-            grad_value, grad_packed = ext.flash_deform_attn_backward(
-                *ctx.saved_tensors, grad_output.contiguous(), *ctx.options, 2, 256
-            )
-            return grad_value, None, None, grad_packed, None, None
-"""
-PACKAGES = {
-    "research/attention.py": RESEARCH,
-    "groundingdino/models/GroundingDINO/ms_deform_attn.py": GROUNDING_DINO,
-    "detrex/layers/multi_scale_deform_attn.py": DETREX,
-    "mmcv/utils/ext_loader.py": MMCV_LOADER,
-    "mmcv/ops/__init__.py": MMCV_OPS,
-    "mmcv/ops/multi_scale_deform_attn.py": MMCV,
-    "DCNv4/functions/flash.py": FLASH,
-}
-USERS = {
-    "research": "research.attention",
-    "groundingdino": "groundingdino.models.GroundingDINO.ms_deform_attn",
-    "detrex": "detrex.layers.multi_scale_deform_attn",
-    "mmcv": "mmcv.ops.multi_scale_deform_attn",
-}
-REAL = """
-    def ms_deform_attn_forward(*arguments):
-        return "real"
-
-    def ms_deform_attn_backward(*arguments):
-        return "real"
-
-    def something_else():
-        return "kept"
-"""
-
-
-def forget():
-    for name in list(sys.modules):
-        if name.partition(".")[0] in LIBRARIES:
-            del sys.modules[name]
-
-
-@pytest.fixture
-def drop_in():
-    """The module, uninstalled: importing it installs."""
-    import msda.drop_in
-
-    msda.drop_in.uninstall()
-    yield msda.drop_in
-    msda.drop_in.uninstall()
-    forget()
 
 
 @pytest.fixture
@@ -187,29 +23,6 @@ def operator(drop_in):
     """What `import MultiScaleDeformableAttention` gives."""
     drop_in.install()
     return importlib.import_module("MultiScaleDeformableAttention")
-
-
-@pytest.fixture
-def write(tmp_path, monkeypatch):
-    """Write files of packages into a folder on sys.path, with all __init__.py that they need."""
-    monkeypatch.syspath_prepend(tmp_path)
-
-    def write(files):
-        for name, text in files.items():
-            path = tmp_path / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for folder in path.parents:
-                if folder == tmp_path:
-                    break
-                (folder / "__init__.py").touch()
-            if isinstance(text, bytes):
-                path.write_bytes(text)
-            else:
-                path.write_text(textwrap.dedent(text))
-        importlib.invalidate_caches()
-        return tmp_path
-
-    return write
 
 
 @pytest.fixture
@@ -235,10 +48,6 @@ def exact(arguments, grad_output):
     ]
     output = ms_deform_attn_reference(leaves[0], shapes, None, *leaves[1:])
     return output, *torch.autograd.grad(output, leaves, grad_output.double().cpu())
-
-
-def status(report):
-    return {entry.module: entry.status for entry in report}
 
 
 def reason(report, module):
@@ -598,108 +407,3 @@ def test_an_extension_that_does_not_load_is_replaced_and_the_report_says_why(
     text = reason(report, name)
     assert text.startswith(f"importing {path} failed: ")
     assert re.search(error, text)
-
-
-# ---- running programs ----------------------------------------------------------------------------
-
-SCRIPT = """
-    import json
-    import multiprocessing
-    import sys
-
-    import MultiScaleDeformableAttention as MSDA  # in a spawned process, too
-
-    class Result:
-        def __init__(self):
-            self.name = MSDA.ms_deform_attn_forward.__module__
-
-    if __name__ == "__main__":
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            spawned = pool.apply_async(Result).get(timeout=240).name
-        print(json.dumps([sys.argv, sys.path[0], __file__, spawned, __spec__]))
-        sys.exit(7)
-"""
-
-
-def run(*arguments, cwd):
-    command = [sys.executable, "-m", "msda.drop_in", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
-
-
-def test_a_script_runs_as_with_python_and_so_do_the_processes_it_spawns(write):
-    folder = write({"programs/train.py": SCRIPT})
-    done = run("--report", "programs/train.py", "--report", "-m", "x y", cwd=folder)
-    assert done.returncode == 7, done.stderr
-    assert json.loads(done.stdout) == [
-        ["programs/train.py", "--report", "-m", "x y"],
-        str(folder / "programs"),
-        str(folder / "programs" / "train.py"),
-        "msda.drop_in",
-        None,
-    ]
-    assert done.stderr.splitlines()[0].startswith(
-        "MultiScaleDeformableAttention  provided    used 0 times"
-    )
-
-
-@pytest.fixture
-def as_main(monkeypatch):
-    """What a program changes in its process is undone."""
-    spawn = multiprocessing.spawn
-    monkeypatch.setattr(spawn, "get_preparation_data", spawn.get_preparation_data)
-    monkeypatch.setattr(sys, "argv", list(sys.argv))
-    for name in ("__main__", "__mp_main__"):
-        monkeypatch.setitem(sys.modules, name, sys.modules["__main__"])
-
-
-@pytest.mark.parametrize("name", ["research.module", "research"])
-def test_a_module_runs_as_with_python_and_keeps_its_error(drop_in, write, as_main, capsys, name):
-    program = """
-        import sys
-        from . import __name__ as package
-        import MultiScaleDeformableAttention
-        print([__name__, __spec__.name, package, __file__, sys.argv])
-        raise ValueError("as it came")
-    """
-    file = "research/module.py" if "." in name else "research/__main__.py"
-    path = write({file: program}) / file
-    with pytest.raises(ValueError, match="as it came") as raised:
-        drop_in.main(["--overwrite", "-m", name, "--overwrite", "x"])
-    assert raised.traceback[-1].path == path
-    spec_name = file.removesuffix(".py").replace("/", ".")
-    expected = ["__main__", spec_name, "research", str(path), [str(path), "--overwrite", "x"]]
-    assert capsys.readouterr().out == f"{expected}\n"
-    with pytest.raises(ModuleNotFoundError, match=r"is named 'research\.absent'"):
-        drop_in.main(["-m", "research.absent"])
-
-
-def test_without_a_program_it_loads_the_extensions_and_prints_the_report(drop_in, write, capsys):
-    write({"detrex/_C.py": REAL, "groundingdino/_C.py": "import no_such_module"})
-    assert drop_in.main([]) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[1].startswith(
-        "groundingdino._C               provided    used 0 times; importing"
-    )
-    assert "no_such_module" in printed[1]
-    assert re.match(r"detrex\._C +left alone  .*_C\.py is loaded$", printed[2])
-
-
-def test_a_program_that_is_not_there_is_refused(drop_in, capsys):
-    for arguments, message in (
-        (["nothing.py"], "the program must be a Python file, got 'nothing.py'"),
-        (["-m"], "-m must be followed by the name of a module"),
-        (["--replace", "x.py"], "unrecognized arguments: --replace"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            drop_in.main(arguments)
-        assert end.value.code == 2
-        assert message in capsys.readouterr().err
-
-
-def test_spawned_processes_install_first_of_all_and_as_their_parent_did(drop_in, write, as_main):
-    write({"detrex/_C.py": REAL})
-    drop_in._install_in_spawned_processes(overwrite=True)
-    first, *_ = multiprocessing.spawn.get_preparation_data("a process").values()
-    pickle.loads(pickle.dumps(first))
-    assert "MultiScaleDeformableAttention" in sys.modules
-    assert status(drop_in.report())["detrex._C"] == "on import"

@@ -13,8 +13,7 @@ from msda import ops
 from msda.testing import make_inputs
 from tests.detector.small_models import padded_batch, randomise, tiny_config
 from tests.helpers.results import assert_close, compute
-from tests.integrations.runtime_libraries import onnxruntime_library, openvino_library
-from tests.integrations.test_onnx import (
+from tests.integrations.exported import (
     FORMS,
     SHAPES,
     SIZES,
@@ -27,6 +26,7 @@ from tests.integrations.test_onnx import (
     operators,
     tensors_of,
 )
+from tests.integrations.runtime_libraries import onnxruntime_library, openvino_library
 
 NODES = ("MSDeformAttn", "MSDeformAttnFused")
 

@@ -1,4 +1,4 @@
-"""`use_msda` finds the core of a model in every form in which libraries call it, and says so."""
+"""`msda.use_msda(model)` lets models run ours whatever the form of their core."""
 
 import copy
 import functools
@@ -12,322 +12,33 @@ from torch import nn
 import msda
 from msda import forms, register_core, report, undo, use_msda
 from tests.helpers.results import assert_close, assert_same_bits
-from tests.integrations.plain_attention import as_maps, attend, bilinear, discrete
-
-B, Q, M, D, L, P = 2, 5, 2, 4, 2, 3
-WIDE = [(3, 7), (2, 5)]  # wider than high
-S = 31
-
-
-# ---- stand-ins for the libraries' cores, in their layouts ----------------------------------------
-
-
-def plain(value, value_spatial_shapes, sampling_locations, attention_weights):
-    """kornia's and RT-DETR v1's; `ms_deform_attn_core_pytorch` in Deformable DETR's kin."""
-    shapes = [(int(height), int(width)) for height, width in value_spatial_shapes]
-    locations, weights = sampling_locations.unbind(3), attention_weights.unbind(3)
-    return attend(as_maps(value, shapes), locations, weights)
-
-
-def flat(value, value_spatial_shapes, sampling_locations, attention_weights):
-    """ultralytics': levels and points share an axis."""
-    if sampling_locations.dim() != 5:
-        raise TypeError("rank 5")
-    split = sampling_locations.shape[3] // len(value_spatial_shapes)
-    maps = as_maps(value, value_spatial_shapes)
-    return attend(maps, sampling_locations.split(split, 3), attention_weights.split(split, 3))
-
-
-def channels_first(value, value_spatial_shapes, sampling_locations, attention_weights):
-    """LW-DETR's: sizes as a tensor, (B, M, D, S) values that are viewed as maps."""
-    num_levels, num_points = sampling_locations.shape[3:5]
-    sizes = (value_spatial_shapes[:, 0] * value_spatial_shapes[:, 1]).tolist()
-    shapes = value_spatial_shapes.tolist()
-    maps = [
-        part.view(*value.shape[:3], *shape)
-        for part, shape in zip(value.split(sizes, 3), shapes, strict=True)
-    ]
-    weights = attention_weights.unflatten(3, (num_levels, num_points)).unbind(3)
-    return attend(maps, sampling_locations.unbind(3), weights)
-
-
-def with_sizes(
-    value,
-    value_spatial_shapes,
-    sampling_locations,
-    attention_weights,
-    value_spatial_shapes_hw=None,
-):
-    """RF-DETR's, which its `export` calls with merged axes."""
-    if sampling_locations.dim() == 5:
-        split = (len(value_spatial_shapes_hw), -1)
-        sampling_locations = sampling_locations.unflatten(3, split)
-    if value_spatial_shapes_hw is not None:
-        value_spatial_shapes = torch.tensor(value_spatial_shapes_hw)
-    elif not isinstance(value_spatial_shapes, torch.Tensor):
-        value_spatial_shapes = torch.tensor(value_spatial_shapes)
-    return channels_first(value, value_spatial_shapes, sampling_locations, attention_weights)
-
-
-def ragged_of(maps, locations, weights, counts, method, by_height):
-    if method not in ("default", "discrete"):
-        raise UnboundLocalError(method)
-    sample = functools.partial(discrete, clamp_by_height=by_height)
-    sample = bilinear if method == "default" else sample
-    return attend(maps, locations.split(counts, 3), weights.split(counts, 3), sample)
-
-
-def ragged(
-    value,
-    value_spatial_shapes,
-    sampling_locations,
-    attention_weights,
-    num_points_list,
-    method="default",
-):
-    """RT-DETR v2's, whose 'discrete' clamps both coordinates by the height."""
-    maps = as_maps(value, value_spatial_shapes)
-    return ragged_of(
-        maps, sampling_locations, attention_weights, num_points_list, method, by_height=True
-    )
-
-
-def levels(
-    value,
-    value_spatial_shapes,
-    sampling_locations,
-    attention_weights,
-    num_points_list,
-    method="default",
-):
-    """D-FINE's: a (B, M, D, H * W) for each level."""
-    _, _, _, _ = value[0].shape
-    shapes = value_spatial_shapes
-    maps = [level.unflatten(-1, shape) for level, shape in zip(value, shapes, strict=True)]
-    return ragged_of(
-        maps, sampling_locations, attention_weights, num_points_list, method, by_height=True
-    )
-
-
-def either(
-    value,
-    value_spatial_shapes,
-    sampling_locations,
-    attention_weights,
-    num_points_list,
-    method="default",
-    value_shape="default",
-):
-    """DEIM's, for both decoders."""
-    core = {"default": levels, "reshape": ragged}[value_shape]
-    return core(
-        value, value_spatial_shapes, sampling_locations, attention_weights, num_points_list, method
-    )
-
-
-# ---- stand-ins for the libraries' modules --------------------------------------------------------
-
-
-class Layer(nn.Module):
-    """The parameters that every such attention has; the core is called by `attend`."""
-
-    def __init__(self):
-        super().__init__()
-        self.sampling_offsets = nn.Linear(M * D, M * L * P * 2)
-        self.attention_weights = nn.Linear(M * D, M * L * P)
-        self.value_proj = nn.Linear(M * D, M * D)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.3)
-
-    def forward(self, query, reference_points, memory, shapes):
-        value = self.value_proj(memory).unflatten(2, (M, D))
-        offsets = self.sampling_offsets(query).unflatten(2, (M, L, P, 2))
-        weights = self.attention_weights(query).unflatten(2, (M, L * P)).softmax(-1)
-        locations = reference_points[:, :, None, None, None] + offsets
-        return self.attend(value, shapes, locations, weights)
-
-
-class Global(Layer):
-    """kornia; OneFormer, LW-DETR and others on a CPU name the function otherwise."""
-
-    def attend(self, value, shapes, locations, weights):
-        return plain(value, shapes, locations, weights.unflatten(3, (L, P)))
-
-
-class Kept(Layer):
-    """RT-DETR v1."""
-
-    def __init__(self):
-        super().__init__()
-        self.ms_deformable_attn_core = plain
-
-    def attend(self, value, shapes, locations, weights):
-        return self.ms_deformable_attn_core(value, shapes, locations, weights.unflatten(3, (L, P)))
-
-
-class KeptUnderItsName(Layer):
-    """The attribute has the name of a global, which the method does not read."""
-
-    def __init__(self):
-        super().__init__()
-        self.plain = plain
-
-    def attend(self, value, shapes, locations, weights):
-        return self.plain(value, shapes, locations, weights.unflatten(3, (L, P)))
-
-
-def decorated(method):
-    """As mmcv's deprecated_api_warning and torch's own decorators are written."""
-
-    @functools.wraps(method)
-    def outer(*args, **kwargs):
-        return method(*args, **kwargs)
-
-    return outer
-
-
-class Decorated(Layer):
-    """mmcv, mmdet."""
-
-    @decorated
-    @decorated
-    def attend(self, value, shapes, locations, weights):
-        return plain(value, shapes, locations, weights.unflatten(3, (L, P)))
-
-
-class Flat(Layer):
-    def attend(self, value, shapes, locations, weights):
-        return flat(value, shapes, locations.flatten(3, 4), weights)
-
-
-class ChannelsFirst(Layer):
-    def attend(self, value, shapes, locations, weights):
-        value = value.transpose(1, 2).transpose(2, 3).contiguous()
-        return channels_first(value, torch.tensor(shapes), locations, weights)
-
-
-class WithSizes(Layer):
-    exported = False
-
-    def export(self):
-        self.exported = True
-
-    def attend(self, value, shapes, locations, weights):
-        value = value.permute(0, 2, 3, 1).contiguous()
-        locations = locations.flatten(3, 4) if self.exported else locations
-        sizes, tensor = shapes, torch.tensor(shapes)
-        return with_sizes(value, tensor, locations, weights, value_spatial_shapes_hw=sizes)
-
-
-class Ragged(Layer):
-    per_level = False
-
-    def __init__(self, method="default"):
-        super().__init__()
-        self.bound_core = functools.partial(ragged, method=method)
-
-    def attend(self, value, shapes, locations, weights):
-        if self.per_level:
-            sizes = [height * width for height, width in shapes]
-            value = value.permute(0, 2, 3, 1).split(sizes, -1)
-        return self.bound_core(value, shapes, locations.flatten(3, 4), weights, [2, 4])
-
-
-class Levels(Ragged):
-    per_level = True
-
-    def __init__(self, method="default"):
-        super().__init__()
-        self.bound_core = functools.partial(levels, method=method)
-
-
-class DeimLevels(Ragged):
-    per_level = True
-
-    def __init__(self):
-        super().__init__()
-        self.bound_core = functools.partial(either, method="default")
-
-
-class DeimTensor(Ragged):
-    def __init__(self, method="default"):
-        super().__init__()
-        self.bound_core = functools.partial(either, method=method, value_shape="reshape")
-
-
-class CallsWithMethod(Layer):
-    """As transformers calls it: the method is an attribute, and given in each call."""
-
-    def __init__(self, method):
-        super().__init__()
-        self.method = method
-
-    def attend(self, value, shapes, locations, weights):
-        return ragged(value, shapes, locations.flatten(3, 4), weights, [2, 4], self.method)
-
-
-FORMS = {
-    "kornia": (Global, "plain", "plain"),
-    "rt_detr_v1": (Kept, "ms_deformable_attn_core", "plain"),
-    "rt_detr_v1_own_name": (KeptUnderItsName, "plain", "plain"),
-    "mmcv": (Decorated, "plain", "plain"),
-    "ultralytics": (Flat, "flat", "flat points"),
-    "lw_detr": (ChannelsFirst, "channels_first", "channels first"),
-    "rf_detr": (WithSizes, "with_sizes", "channels first, exported"),
-    "rt_detr_v2": (Ragged, "bound_core", "ragged"),
-    "rt_detr_v2_discrete": (
-        functools.partial(Ragged, "discrete"),
-        "bound_core",
-        "ragged, clamped by height",
-    ),
-    "rt_detr_v2_global": (
-        functools.partial(CallsWithMethod, "discrete"),
-        "ragged",
-        "ragged, clamped by height",
-    ),
-    "d_fine": (Levels, "bound_core", "levels"),
-    "d_fine_discrete": (
-        functools.partial(Levels, "discrete"),
-        "bound_core",
-        "levels, clamped by height",
-    ),
-    "deim": (DeimLevels, "bound_core", "levels"),
-    "deim_rt_detr_v2": (DeimTensor, "bound_core", "ragged"),
-    "deim_rt_detr_v2_discrete": (
-        functools.partial(DeimTensor, "discrete"),
-        "bound_core",
-        "ragged, clamped by height",
-    ),
-}
-
-
-def model_of(layer):
-    torch.manual_seed(0)
-    return nn.ModuleList([layer(), layer()]).double()
-
-
-def inputs():
-    """Queries, points that reach beyond the map, keys; leaves."""
-    random = torch.Generator().manual_seed(1)
-
-    def rand(*size):
-        return torch.rand(size, generator=random, dtype=torch.float64)
-
-    points = rand(B, Q, 2) * 0.9 + 0.3  # so that many lie beyond the height of a wide map
-    return [x.requires_grad_() for x in (rand(B, Q, M * D), points, rand(B, S, M * D))]
-
-
-def run(model, shapes=WIDE):
-    """Output, and the gradients of inputs and parameters; zero where there is none."""
-    leaves = inputs()
-    output = sum(layer(*leaves, shapes) for layer in model)
-    leaves += list(model.parameters())
-    gradients = torch.autograd.grad(output.square().sum(), leaves, materialize_grads=True)
-    return output.detach(), *gradients
+from tests.integrations import plain_attention, stand_in_models
+from tests.integrations.plain_attention import attend, bilinear
+from tests.integrations.stand_in_models import (
+    FORMS,
+    WIDE,
+    B,
+    CallsWithMethod,
+    D,
+    Global,
+    L,
+    Layer,
+    M,
+    P,
+    Ragged,
+    WithSizes,
+    inputs,
+    model_of,
+    plain,
+    ragged,
+    run,
+)
+
+# ---- every form of core --------------------------------------------------------------------------
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def our_calls(monkeypatch):
     """The arguments of each call of ours."""
     made, ours = [], forms.ms_deform_attn
 
@@ -340,17 +51,17 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_model_of_each_form_computes_the_same_by_ours_until_it_is_undone(name, calls):
+def test_a_model_of_each_form_computes_the_same_by_ours_until_it_is_undone(name, our_calls):
     layer, core, form = FORMS[name]
     model = model_of(layer)
     expected = run(model)
-    assert not calls
+    assert not our_calls
 
     assert use_msda(model) is model
     before = report(model)
-    calls.clear()
+    our_calls.clear()
     actual = run(model)
-    assert len(calls) == 2
+    assert len(our_calls) == 2
     for ours, theirs in zip(actual, expected, strict=True):
         assert_close(ours, theirs, 1e-12)
     assert [(entry.module, entry.core, entry.form, entry.status) for entry in report(model)] == [
@@ -360,22 +71,22 @@ def test_a_model_of_each_form_computes_the_same_by_ours_until_it_is_undone(name,
     assert [entry.calls for entry in report(model)] == [1, 1]
 
     undo(model)
-    calls.clear()
+    our_calls.clear()
     for again, theirs in zip(run(model), expected, strict=True):
         assert_same_bits(again, theirs)
-    assert not calls and report(model) == []
+    assert not our_calls and report(model) == []
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_copies_and_pickles_are_patched_and_count_for_themselves(name, calls):
+def test_copies_and_pickles_are_patched_and_count_for_themselves(name, our_calls):
     model = use_msda(model_of(FORMS[name][0]))
     expected = run(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert [entry.calls for entry in report(other)] == [0, 0]
-        calls.clear()
+        our_calls.clear()
         for ours, theirs in zip(run(other), expected, strict=True):
             assert_same_bits(ours, theirs)
-        assert len(calls) == 2
+        assert len(our_calls) == 2
         assert [entry.calls for entry in report(other)] == [1, 1]
     assert [entry.calls for entry in report(model)] == [1, 1]
 
@@ -407,16 +118,16 @@ def test_counts_leave_nothing_behind_in_what_is_copied_or_undone():
     assert set(vars(copy.deepcopy(layer))) == set(vars(undo(layer))) == before
 
 
-def test_a_model_is_served_before_and_after_its_export(calls):
+def test_a_model_is_served_before_and_after_its_export(our_calls):
     model = model_of(WithSizes)
     expected = run(model)
     use_msda(model)
     for layer in model:
         layer.export()
-    calls.clear()
+    our_calls.clear()
     for ours, theirs in zip(run(model), expected, strict=True):
         assert_close(ours, theirs, 1e-12)
-    assert len(calls) == 2
+    assert len(our_calls) == 2
 
 
 @pytest.mark.parametrize("shapes", [[(3, 7), (4, 3)], [(3, 3), (2, 2)]], ids=["wide", "square"])
@@ -463,9 +174,9 @@ def test_a_core_of_each_form_that_computes_otherwise_is_refused(name, monkeypatc
     def wrong(maps, locations, *args, **options):
         return 1.01 * stretched(maps, locations)
 
-    monkeypatch.setitem(globals(), "bilinear", wrong)
-    monkeypatch.setattr("formulas.bilinear", wrong)
-    monkeypatch.setitem(globals(), "discrete", wrong)
+    monkeypatch.setattr(stand_in_models, "bilinear", wrong)
+    monkeypatch.setattr(plain_attention, "bilinear", wrong)
+    monkeypatch.setattr(stand_in_models, "discrete", wrong)
     monkeypatch.setattr(attend, "__defaults__", (wrong,))
     layer, core, _ = FORMS[name]
     model = model_of(layer)
@@ -501,13 +212,13 @@ def test_models_with_different_methods_live_side_by_side():
         assert_close(model(*inputs(), WIDE), exact, 1e-12)
 
 
-def test_what_is_not_refused_can_be_replaced_alone(calls):
+def test_what_is_not_refused_can_be_replaced_alone(our_calls):
     model = nn.ModuleList([Global(), OnePixelOff("discrete")]).double()
     expected = run(model)
     use_msda(model, strict=False)
-    calls.clear()
+    our_calls.clear()
     assert_close(run(model)[0], expected[0], 1e-12)
-    assert len(calls) == 1
+    assert len(our_calls) == 1
     printed = str(report(model)).splitlines()
     assert printed[0] == "0  plain       in place  plain, used 1 times"
     assert printed[1].startswith("1  bound_core  refused   bound_core of 1 must compute")
@@ -567,14 +278,14 @@ class OnlyOperator(Layer):
         return Operator.apply(value, tensor, start, locations, weights.unflatten(3, (L, P)), 64)
 
 
-def test_an_operator_that_does_not_run_is_left_alone_beside_a_core(calls):
+def test_an_operator_that_does_not_run_is_left_alone_beside_a_core(our_calls):
     model = model_of(Tries)
     expected = run(model)
     use_msda(model)
-    calls.clear()
+    our_calls.clear()
     for ours, theirs in zip(run(model), expected, strict=True):
         assert_close(ours, theirs, 1e-12)
-    assert len(calls) == 2
+    assert len(our_calls) == 2
     assert [(entry.core, entry.status, entry.calls) for entry in report(model)] == [
         ("plain", "in place", 1),
         ("plain", "in place", 1),
@@ -583,7 +294,7 @@ def test_an_operator_that_does_not_run_is_left_alone_beside_a_core(calls):
     ]
 
 
-def test_an_operator_alone_is_replaced_where_it_runs_and_refused_where_not(monkeypatch, calls):
+def test_an_operator_alone_is_replaced_where_it_runs_and_refused_where_not(monkeypatch, our_calls):
     model = model_of(OnlyOperator)
     with pytest.raises(ValueError, match=r"^Operator of 0 must compute .* got AttributeError"):
         use_msda(model)
@@ -592,10 +303,10 @@ def test_an_operator_alone_is_replaced_where_it_runs_and_refused_where_not(monke
     monkeypatch.setattr(Operator, "extension", extension)
     expected = run(model)
     use_msda(model)
-    calls.clear()
+    our_calls.clear()
     for ours, theirs in zip(run(model), expected, strict=True):
         assert_close(ours, theirs, 1e-12)
-    assert len(calls) == 2
+    assert len(our_calls) == 2
     assert [(entry.form, entry.calls) for entry in report(model)] == [("operator", 1)] * 2
     undo(model)
     extension.uninstall()
@@ -640,17 +351,17 @@ def registry(monkeypatch):
     monkeypatch.setattr(forms, "_FORMS", dict(forms._FORMS))
 
 
-def test_a_form_can_be_added(registry, calls):
+def test_a_form_can_be_added(registry, our_calls):
     model = model_of(Stranger)
     with pytest.raises(ValueError, match=r"^0 must contain .* none was found"):
         use_msda(model)
     register_core("stranger", adapter, example)
     expected = run(model)
     use_msda(model)
-    calls.clear()
+    our_calls.clear()
     for ours, exact in zip(run(model), expected, strict=True):
         assert_close(ours, exact, 1e-12)
-    assert len(calls) == 2
+    assert len(our_calls) == 2
     assert [entry.form for entry in report(model)] == ["stranger"] * 2
     pickled = pickle.dumps(model)
     assert type(pickle.loads(pickled)[0]) is type(model[0])

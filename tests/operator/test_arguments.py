@@ -4,21 +4,16 @@ The table stands in csrc/arguments.h and in msda/checks.py. Each bad tensor is p
 each operator and must end in the same sentence, whoever checks it.
 """
 
-import functools
 import os
 import subprocess
 import sys
-import warnings
 
 import pytest
 import torch
 
 import msda
 from msda import checks, ops
-from msda.testing import make_fused_inputs, make_grad_output, make_inputs
-
-SHAPES = [(3, 4), (2, 2)]
-SIZES = dict(batch=2, num_queries=5, num_heads=3, head_dim=4)
+from tests.operator.operator_calls import OPERATORS, call_operator, good_arguments, refusal
 
 pytestmark = pytest.mark.skipif(ops.LIBRARY is None, reason="the compiled library is missing")
 
@@ -28,41 +23,6 @@ def test_both_tables_are_the_same():
 
 
 # ---- calls ---------------------------------------------------------------------------------------
-
-OPERATORS = [
-    "ms_deform_attn",
-    "_ms_deform_attn_backward",
-    "ms_deform_attn_fused",
-    "_ms_deform_attn_fused_backward",
-]
-
-
-def good_arguments(name, ragged=False, device="cpu"):
-    """By the names of the operator's schema, in their order."""
-    fused, backward = "fused" in name, "backward" in name
-    make = functools.partial(make_fused_inputs, padding=True) if fused else make_inputs
-    inputs = make(SHAPES, **SIZES, num_points=[1, 2] if ragged else 2)
-    output = make_grad_output(inputs)
-    given = vars(inputs) | dict(
-        spatial_shapes=None,
-        spatial_shapes_tensor=torch.tensor(SHAPES),
-        level_start_index=torch.tensor([0, 12]),
-        num_points=inputs.num_points or [],
-        nearest=False,
-    )
-    if backward:
-        given |= dict(grad_output=output, output=output.clone(), deterministic=False)
-    schema = getattr(torch.ops.msda, name).default._schema
-    arguments = {one.name: given.get(one.name, True) for one in schema.arguments}
-    return {
-        key: argument.to(device) if isinstance(argument, torch.Tensor) else argument
-        for key, argument in arguments.items()
-    }
-
-
-def call_operator(name, arguments):
-    with torch.no_grad():
-        return getattr(torch.ops.msda, name)(*arguments.values())
 
 
 def call_checks(name, arguments):
@@ -84,17 +44,6 @@ def call_reference(name, arguments, monkeypatch):
         patch.setattr(ops, "BACKEND", "reference")
         patch.setattr(ops, "BACKEND_REASON", "MSDA_BACKEND=reference")
         return call_function(name, arguments)
-
-
-def refusal(function, *arguments):
-    """What it is refused with; None where it is not."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            function(*arguments)
-        except (RuntimeError, TypeError, ValueError) as error:
-            return str(error)
-    return None
 
 
 # ---- what is refused -----------------------------------------------------------------------------
@@ -345,6 +294,7 @@ def test_a_wrong_start_index_is_refused_in_the_same_words_by_all(name):
 
 
 # ---- memory --------------------------------------------------------------------------------------
+
 
 HUGE = 1 << 40
 

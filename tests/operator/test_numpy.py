@@ -15,9 +15,9 @@ import msda.numpy as arrays
 from msda import checks
 from msda.testing import FusedInputs, make_fused_inputs, make_inputs
 from tests.helpers.cases import awkward_sizes, every_dtype, every_form
+from tests.helpers.processes import run_python
 from tests.helpers.results import compute
-from tests.operator.test_arguments import SHAPES, call_operator, good_arguments, refusal
-from tests.packaging.test_info import run_python
+from tests.operator.operator_calls import SHAPES, call_operator, good_arguments, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = dict(batch=2, num_queries=7, num_heads=3, head_dim=5, num_points=2)

@@ -1,9 +1,7 @@
 """msda says what is live and why; environment variables choose it, and misspelt ones fail."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 
 import msda
 from msda import _remedy
+from tests.helpers.processes import run_python
 
 PACKAGE = Path(msda.__file__).parent
 ROOT = PACKAGE.parent
@@ -23,20 +22,6 @@ value, locations = torch.ones(1, 6, 1, 4), torch.full((1, 1, 1, 1, 1, 2), 0.5)
 output = msda.ms_deform_attn(value, [(2, 3)], None, locations, torch.ones(1, 1, 1, 1, 1))
 print(output.sum().item(), msda.info()["backend"], msda.info()["cpu_capability"])
 """
-
-
-def run_python(*arguments, path=ROOT, **environment):
-    """A fresh Python that imports msda from ``path``: its return code, stdout and stderr."""
-    variables = {name: text for name, text in os.environ.items() if not name.startswith("MSDA_")}
-    variables["PYTHONPATH"] = os.pathsep.join([str(path), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        env=variables | environment,
-        cwd=path,
-        timeout=120,
-    )
 
 
 def test_info_is_a_dict_that_says_what_is_live():
