@@ -270,7 +270,7 @@ def test(options: argparse.Namespace) -> int:
     quick = "test_forward.py" if options.device == "cuda" else "test_reference.py"
     wanted = options.file or ([quick] if options.smoke else None)
     files = [file for file in test_files() if wanted is None or file.name in wanted]
-    selection = "cuda" if options.device == "cuda" else "not cuda"
+    selection = "cuda" if options.device == "cuda" else "not cuda and not executor"
     for file in files:
         if not deadline.allows(5):
             results["not_run"].append(f"{file.name}: {options.minutes:g} minutes were over")

@@ -17,6 +17,14 @@ def pytest_report_header():
 
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
+    """Where the tensors of a test are: on "cpu" or "cuda".
+
+    Tests of the operator have a third one, "executor": the CUDA kernels run on the CPU, and so the
+    tensors are there. See operator/conftest.py.
+    """
+    if request.param == "executor":
+        request.getfixturevalue("kernels_in_place_of_the_operator")
+        return "cpu"
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("there is no CUDA device")

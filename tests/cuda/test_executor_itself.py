@@ -7,6 +7,8 @@ import pytest
 
 from tests.helpers import executor
 
+pytestmark = pytest.mark.executor
+
 ORDERS = ["forward", "reverse", "random"]
 
 

@@ -1,9 +1,9 @@
-"""The CUDA kernels, run on the CPU, keep every promise of the operator, in every order of threads.
+"""What only the CUDA kernels promise, run on the CPU: lanes, splits, levels, memory, launches.
 
-What the operator promises on any device is tested in test_forward.py and test_backward.py. The same
-tests run here once more, with the kernels in the place of the compiled operator, each in some order
-of threads; outputs and gradients hold NaN before, and the gradient of value is computed in both
-ways, by atomic additions and by sorting. What follows is CUDA's own.
+What the operator promises on any device is tested in tests/operator, and there on the CUDA executor
+too: with the kernels in the place of the compiled operator, each test in some order of threads.
+Outputs and gradients hold NaN before, and the gradient of value is computed in both ways, by atomic
+additions and by sorting.
 """
 
 import functools
@@ -11,7 +11,6 @@ import itertools
 import math
 import subprocess
 import sys
-import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -19,7 +18,6 @@ import pytest
 import torch
 
 from msda.testing import (
-    OPERATOR,
     TOLERANCES,
     FusedInputs,
     Inputs,
@@ -30,73 +28,11 @@ from msda.testing import (
     relative_error,
 )
 from tests.helpers import executor
-from tests.helpers.cases import every_dtype, every_form, sixteen_bits
+from tests.helpers.cases import SHAPES, SIZES, every_dtype, every_form, sixteen_bits
 from tests.helpers.inputs import off_edges
 from tests.helpers.results import assert_close, assert_same_bits, compute_exactly, exact_gradients
-from tests.operator.test_backward import (  # noqa: F401
-    test_derivative_at_the_border_is_that_of_zero_padding,
-    test_error_of_gradients_in_16_bits_is_at_most_twice_that_of_plain_pytorch,
-    test_gradients_have_the_dtype_of_their_input,
-    test_gradients_match_reference,
-    test_gradients_of_nearest_match_reference,
-    test_infinite_grad_output_does_not_reach_samples_that_do_not_count,
-    test_many_heads_and_points_of_16_bits_do_not_saturate_grad_reference_points,
-    test_many_queries_at_one_pixel_do_not_saturate_grad_value_in_16_bits,
-    test_offsets_far_away_or_not_finite_give_and_get_no_gradient,
-    test_padded_pixels_neither_leak_nor_get_a_gradient,
-    test_pixels_across_the_border_neither_leak_nor_get_a_gradient,
-    test_reference_points_that_are_not_finite_give_and_get_no_gradient,
-    test_samples_outside_or_not_finite_have_exactly_zero_gradients,
-)
-from tests.operator.test_forward import (  # noqa: F401
-    test_16_bit_values_keep_the_precision_of_float32_locations,
-    test_error_in_16_bits_is_at_most_twice_that_of_plain_pytorch,
-    test_fused_samples_outside_or_not_finite_contribute_exactly_zero,
-    test_logits_of_minus_infinity_switch_samples_off,
-    test_many_samples_of_one_pixel_do_not_saturate_in_16_bits,
-    test_nan_logits_make_the_output_nan,
-    test_nearest_clamps_each_axis_by_its_own_size_on_maps_that_are_not_square,
-    test_nearest_matches_reference,
-    test_nearest_samples_far_outside_read_the_edge,
-    test_nearest_samples_that_are_not_finite_contribute_exactly_zero,
-    test_only_the_four_corners_are_read,
-    test_output_matches_reference,
-    test_padded_pixels_are_not_read,
-    test_pixels_across_the_border_do_not_leak,
-    test_pixels_of_other_levels_and_images_and_heads_do_not_leak,
-    test_points_and_weights_may_differ_in_dtype,
-    test_points_and_weights_of_any_dtype_are_accepted,
-    test_samples_exactly_on_borders_and_pixel_centres_match_reference,
-    test_samples_outside_or_not_finite_contribute_exactly_zero,
-    test_softmax_does_not_overflow_for_large_logits,
-    test_softmax_of_logits_far_apart,
-)
-from tests.operator.test_special_numbers import (  # noqa: F401
-    test_offsets_that_cancel_the_distance_of_a_reference_point_do_not_extrapolate,
-    test_one_bad_number_reaches_what_it_reaches_in_the_reference,
-    test_padding_masks_are_true_where_a_byte_is_not_zero,
-    test_results_too_large_for_float16_are_infinite_as_in_the_reference,
-)
 
-
-@pytest.fixture(autouse=True)
-def kernels_in_place_of_the_operator(monkeypatch, request):
-    executor.load()
-    for inputs, function in executor.OPERATOR.items():
-        monkeypatch.setitem(OPERATOR, inputs, function)
-    gpus = list(itertools.product(executor.ORDERS, executor.CAPABILITIES))
-    order, capability = gpus[zlib.crc32(request.node.name.encode()) % len(gpus)]
-    gpu = dict(order=order, compute_capability=capability)
-    monkeypatch.setattr(executor.Operator, "gpu", gpu)
-
-
-@pytest.fixture
-def device():
-    return "cpu"
-
-
-SHAPES = [(6, 9), (3, 5), (2, 2)]
-SIZES = dict(batch=2, num_queries=13, num_heads=3, head_dim=20, num_points=3)
+pytestmark = pytest.mark.executor
 
 some_forms = pytest.mark.parametrize(
     "make",

@@ -12,6 +12,8 @@ from tests.cuda import memory_traffic
 from tests.cuda.memory_traffic import BUDGET, WORKLOADS, measure, over_budget
 from tests.helpers import executor
 
+pytestmark = pytest.mark.executor
+
 budget = json.loads(BUDGET.read_text())
 
 

@@ -38,7 +38,7 @@ BUILD = ROOT / "build"
 MOST_FAILURES = 20
 MEMORY_SANITIZERS = "address,undefined,float-cast-overflow"
 # Of the operator, under sanitizers: those that reach its C++ code and not only Python's.
-OPERATOR_TESTS = ("errors", "forward", "backward", "module", "op")
+OPERATOR_TESTS = ("errors", "forward", "backward", "same_bits", "module", "op")
 
 
 @dataclass
@@ -333,7 +333,9 @@ def sanitize(options: argparse.Namespace) -> list[Tally]:
     )
     if not options.quick:
         paths = [ROOT / "tests" / "operator" / f"test_{name}.py" for name in OPERATOR_TESTS]
-        tallies.append(run_tests(f"{memory}: tests of the operator", paths, variables))
+        arguments, package = ["-m", "not executor", *paths], Path(variables["PYTHONPATH"])
+        what = f"{memory}: tests of the operator"
+        tallies.append(run_tests(what, arguments, variables, package))
         tallies.append(sanitize_cuda_kernels(f"{memory}: CUDA kernels on the CPU"))
     return tallies
 
@@ -373,19 +375,19 @@ def sanitized_library(folder: Path, compiler: str) -> dict[str, str]:
     }
 
 
-def run_tests(what: str, arguments: Sequence[str | Path], variables: dict[str, str]) -> Tally:
-    """Tests in a child process; their number and what failed."""
+def run_tests(
+    what: str, arguments: Sequence[str | Path], variables: dict[str, str], package: Path = ROOT
+) -> Tally:
+    """Tests in a child process, with the msda of ``package``; their number and what failed."""
     tally = Tally(what)
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", "--tb=short"]
     command += ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, *arguments]
-    # Python imports from the working folder first: msda from there, and the tests from ROOT.
-    command += ["-o", "pythonpath="]
-    folder = variables.get("PYTHONPATH", str(ROOT))
+    command += ["-o", "pythonpath="]  # which would come first
     done = subprocess.run(
         list(map(str, command)),
-        env=os.environ | variables | {"PYTHONPATH": os.pathsep.join([folder, str(ROOT)])},
-        cwd=folder,
+        env=os.environ | variables | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}"},
+        cwd=package,
         capture_output=True,
         text=True,
     )
@@ -411,8 +413,8 @@ def sanitize_cuda_kernels(what: str) -> Tally:
     target = ["cmake", "--build", executor.BUILD, "--target", "cuda_executor"]
     subprocess.run(target, check=True, capture_output=True)
     variables = executor.sanitized_environment()
-    tests = [ROOT / "tests" / "cuda" / "test_kernels.py"]
-    return run_tests(what, tests, {name: variables[name] for name in variables})
+    tests = [ROOT / "tests" / "operator", ROOT / "tests" / "cuda" / "test_kernels.py"]
+    return run_tests(what, ["-m", "executor", *tests], variables)
 
 
 # ---- arm -----------------------------------------------------------------------------------------

@@ -37,7 +37,6 @@ def kernels_fuzz():
 @pytest.fixture
 def load(monkeypatch):
     """Imports a module of tests/fuzz under a name of its own."""
-    monkeypatch.syspath_prepend(str(FOLDER))
 
     def load(name):
         spec = importlib.util.spec_from_file_location(f"fuzz_{name}", FOLDER / f"{name}.py")

@@ -157,11 +157,13 @@ def gather(inputs, grad_output, device=None, **options):
 class Operator(torch.autograd.Function):
     """The operator with the CUDA kernels in its place."""
 
-    # What make_device() takes. Tests set it.
+    # What make_device() takes, and how often forward was called. Tests set them.
     gpu: ClassVar[dict] = {}
+    calls: ClassVar[int] = 0
 
     @staticmethod
     def forward(ctx, make_inputs, options, *tensors):
+        Operator.calls += 1
         ctx.inputs, ctx.options = make_inputs(*tensors), options
         ctx.output = forward(ctx.inputs, make_device(**Operator.gpu), **options)
         return ctx.output

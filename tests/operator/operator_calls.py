@@ -5,7 +5,14 @@ import warnings
 
 import torch
 
-from msda.testing import make_fused_inputs, make_grad_output, make_inputs
+from msda.testing import (
+    FusedInputs,
+    gradient_names,
+    make_fused_inputs,
+    make_grad_output,
+    make_inputs,
+)
+from tests.helpers.results import compute
 
 SHAPES = [(3, 4), (2, 2)]
 SIZES = dict(batch=2, num_queries=5, num_heads=3, head_dim=4)
@@ -55,3 +62,21 @@ def refusal(function, *arguments):
         except (RuntimeError, TypeError, ValueError) as error:
             return str(error)
     return None
+
+
+def call_backward(inputs, grad_output, wanted):
+    """The backward operator itself: gradients by the arguments called ``wanted``, maybe none."""
+    value, *others = inputs.tensors()
+    shapes = [side for shape in inputs.spatial_shapes for side in shape]
+    arguments = [value, shapes, None, None, *others, inputs.num_points or []]
+    needs = [name in wanted for name in gradient_names(inputs)]
+    if isinstance(inputs, FusedInputs):
+        output = compute(inputs)
+        gradients = torch.ops.msda._ms_deform_attn_fused_backward(
+            grad_output, output, *arguments, inputs.padding_mask, *needs, True
+        )
+    else:
+        gradients = torch.ops.msda._ms_deform_attn_backward(
+            grad_output, *arguments, False, *needs, True
+        )
+    return dict(zip(gradient_names(inputs), gradients, strict=True))

@@ -15,7 +15,10 @@ import msda
 from msda import checks, ops
 from tests.operator.operator_calls import OPERATORS, call_operator, good_arguments, refusal
 
-pytestmark = pytest.mark.skipif(ops.LIBRARY is None, reason="the compiled library is missing")
+pytestmark = [
+    pytest.mark.skipif(ops.LIBRARY is None, reason="the compiled library is missing"),
+    pytest.mark.not_on_executor("arguments are checked before a kernel is chosen"),
+]
 
 
 def test_both_tables_are_the_same():

@@ -23,9 +23,18 @@ from msda.testing import (
     map_tensors,
     relative_error,
 )
-from tests.helpers.cases import any_sizes, awkward_sizes, every_dtype, every_form, sixteen_bits
-from tests.helpers.inputs import off_by_one_byte, off_edges
+from tests.helpers.cases import (
+    SHAPES,
+    SIZES,
+    any_sizes,
+    awkward_sizes,
+    every_dtype,
+    every_form,
+    sixteen_bits,
+)
+from tests.helpers.inputs import off_edges
 from tests.helpers.results import (
+    all_gradients,
     assert_gradients_close,
     assert_same_bits,
     compute,
@@ -34,10 +43,7 @@ from tests.helpers.results import (
     exact_gradients,
     gradient_tolerance,
 )
-
-SHAPES = [(6, 9), (3, 5), (2, 2)]
-SIZES = dict(batch=2, num_queries=13, num_heads=3, head_dim=20, num_points=3)
-
+from tests.operator.operator_calls import call_backward
 
 # In the place of the operator, all in the dtype of value.
 GRID_SAMPLE = {
@@ -47,31 +53,9 @@ GRID_SAMPLE = {
 }
 
 
-def all_gradients(inputs, grad_output, **options):
-    return compute_gradients(OPERATOR, inputs, grad_output, gradient_names(inputs), **options)
-
-
 def subsets(names):
     for size in range(1, len(names)):
         yield from itertools.combinations(names, size)
-
-
-def call_backward(inputs, grad_output, wanted):
-    """The backward operator itself: gradients by the arguments called ``wanted``, maybe none."""
-    value, *others = inputs.tensors()
-    shapes = [side for shape in inputs.spatial_shapes for side in shape]
-    arguments = [value, shapes, None, None, *others, inputs.num_points or []]
-    needs = [name in wanted for name in gradient_names(inputs)]
-    if isinstance(inputs, FusedInputs):
-        output = compute(inputs)
-        gradients = torch.ops.msda._ms_deform_attn_fused_backward(
-            grad_output, output, *arguments, inputs.padding_mask, *needs, True
-        )
-    else:
-        gradients = torch.ops.msda._ms_deform_attn_backward(
-            grad_output, *arguments, False, *needs, True
-        )
-    return dict(zip(gradient_names(inputs), gradients, strict=True))
 
 
 # ---- against the reference -----------------------------------------------------------------------
@@ -92,6 +76,7 @@ def test_gradients_match_reference(device, make, sizes, dtype):
 
 # So few queries that the CPU's kernels read pixels where they are, and so many that they copy them;
 # threads for each head, and so many that the levels are spread over them too.
+@pytest.mark.not_on_executor("calls torch's operator; test_kernels.py has its own")
 @pytest.mark.parametrize("num_queries", [13, 100], ids=["sparse", "dense"])
 @pytest.mark.parametrize("threads", [1, 16], ids=["by_head", "by_level"])
 @every_dtype
@@ -145,12 +130,14 @@ def test_gradients_have_the_dtype_of_their_input(device, make, dtype, point_dtyp
         assert relative_error(gradient, expected[name]) <= limit, name
 
 
+@pytest.mark.not_on_executor("too large: it would take minutes")
 def test_gradients_of_the_encoder_of_the_paper_match_reference(device, encoder):
     inputs, grad_output, _, expected = encoder
     inputs = map_tensors(inputs, lambda tensor: tensor.to(device))
     assert_gradients_close(inputs, all_gradients(inputs, grad_output.to(device)), expected)
 
 
+@pytest.mark.not_on_executor("hundreds of calls: it would take minutes")
 @settings(derandomize=True, deadline=None, max_examples=80)
 @given(any_sizes())
 def test_gradients_match_reference_at_any_sizes(sizes):
@@ -160,6 +147,7 @@ def test_gradients_match_reference_at_any_sizes(sizes):
     assert_gradients_close(inputs, actual, exact_gradients(inputs, grad_output))
 
 
+@pytest.mark.not_on_executor("hundreds of calls: it would take minutes")
 @settings(derandomize=True, deadline=None, max_examples=80)
 @given(any_sizes(), st.sampled_from([2, 4]), st.booleans(), st.booleans())
 def test_fused_gradients_match_reference_at_any_sizes(sizes, reference_size, shared, padding):
@@ -187,9 +175,11 @@ def test_fused_gradients_match_reference_at_any_sizes(sizes, reference_size, sha
 
 # ---- finite differences --------------------------------------------------------------------------
 
+
 _SMALL = dict(batch=2, num_queries=3, num_heads=2, head_dim=3, dtype=torch.float64)
 
 
+@pytest.mark.not_on_executor("thousands of calls: it would take minutes")
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -231,6 +221,7 @@ def test_error_of_gradients_in_16_bits_is_at_most_twice_that_of_plain_pytorch(de
         assert relative_error(gradient, expected[name]) <= limit, name
 
 
+@pytest.mark.not_on_executor("CUDA rounds the output before")
 @every_dtype
 def test_logits_of_single_samples_have_no_gradient_on_the_cpu(dtype):
     # The softmax is 1 whatever the logit; no rounding of the output comes in between.
@@ -268,6 +259,7 @@ def test_many_heads_and_points_of_16_bits_do_not_saturate_grad_reference_points(
 
 
 # ---- samples that do not count, pixels that are not read -----------------------------------------
+
 
 BAD_NUMBERS = [math.nan, math.inf, -math.inf, 1e30, -1e30, 3.0, -2.0]
 
@@ -381,69 +373,6 @@ def test_derivative_at_the_border_is_that_of_zero_padding(device):
 # ---- layouts, empty inputs, what is asked for ----------------------------------------------------
 
 
-@every_dtype
-@every_form
-def test_grad_output_need_not_be_contiguous(device, make, dtype):
-    inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)
-    grad_output = make_grad_output(inputs)
-    transposed = grad_output.transpose(0, 2).contiguous().transpose(0, 2)
-    assert not transposed.is_contiguous()
-    expected = all_gradients(inputs, grad_output)
-    for name, gradient in all_gradients(inputs, transposed).items():
-        assert_same_bits(gradient, expected[name])
-
-
-@every_dtype
-@every_form
-def test_no_tensor_need_be_aligned_to_its_elements(device, make, dtype):
-    inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)
-    grad_output = make_grad_output(inputs)
-    names = gradient_names(inputs)
-    expected = call_backward(inputs, grad_output, names)
-    shifted = map_tensors(inputs, off_by_one_byte)
-    actual = call_backward(shifted, off_by_one_byte(grad_output), names)
-    for name in names:
-        assert_same_bits(actual[name], expected[name])
-
-
-@every_form
-def test_grad_output_may_be_expanded(device, make):
-    inputs = make(SHAPES, **SIZES, device=device)
-    expanded = torch.full((), 0.75, device=device).expand_as(make_grad_output(inputs))
-    expected = all_gradients(inputs, expanded.contiguous())
-    for name, gradient in all_gradients(inputs, expanded).items():
-        assert_same_bits(gradient, expected[name])
-
-
-@every_form
-def test_inputs_need_not_be_contiguous(device, make):
-    inputs = make(SHAPES, **SIZES, device=device)
-    grad_output = make_grad_output(inputs)
-    expected = all_gradients(inputs, grad_output)
-    names = gradient_names(inputs)
-    strided = [
-        getattr(inputs, name).transpose(0, -1).contiguous().transpose(0, -1).requires_grad_()
-        for name in names
-    ]
-    compute(replace(inputs, **dict(zip(names, strided, strict=True)))).backward(grad_output)
-    for name, tensor in zip(names, strided, strict=True):
-        assert_same_bits(tensor.grad, expected[name])
-
-
-@every_form
-def test_gradients_of_expanded_inputs_are_summed(device, make):
-    inputs = make(SHAPES, **SIZES | {"batch": 1}, device=device)
-    grad_output = make_grad_output(inputs)
-    expected = all_gradients(inputs, grad_output)
-    given = leaves(inputs)
-    expanded = map_tensors(given, lambda tensor: tensor.expand(4, *tensor.shape[1:]))
-    if getattr(inputs, "padding_mask", None) is not None:
-        expanded = replace(expanded, padding_mask=inputs.padding_mask.expand(4, -1))
-    compute(expanded).backward(grad_output.expand(4, -1, -1))
-    for name in gradient_names(inputs):
-        torch.testing.assert_close(getattr(given, name).grad, 4 * expected[name])
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 @pytest.mark.parametrize("size", ["batch", "num_queries", "num_points", "num_heads", "head_dim"])
 @every_form
@@ -469,6 +398,7 @@ def test_every_element_of_every_gradient_is_written(device, make, dtype, poisone
                 assert gradient.isfinite().all(), name
 
 
+@pytest.mark.not_on_executor("counts calls of torch's operator")
 @every_form
 def test_gradients_are_computed_only_where_asked_for(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
@@ -506,32 +436,6 @@ def test_gradients_are_summed_over_calls(device):
 
 
 # ---- threads -------------------------------------------------------------------------------------
-
-
-@every_dtype
-@every_form
-@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 2), (2, 1), (2, 4)], ids=str)
-def test_gradients_have_the_same_bits_for_any_number_of_threads(
-    make, batch, heads, dtype, set_threads
-):
-    # 2^20 samples times channels: enough work for eight threads, which share the levels of a head
-    # where there are fewer heads than threads.
-    inputs = make(
-        [(16, 16), (8, 8), (4, 4), (2, 2)],
-        batch=batch,
-        num_queries=8200 // (batch * heads),
-        num_heads=heads,
-        head_dim=16,
-        num_points=[1, 3, 2, 2],
-        dtype=dtype,
-    )
-    grad_output = make_grad_output(inputs)
-    set_threads(1)
-    expected = all_gradients(inputs, grad_output)
-    for threads in (2, 3, 8):
-        set_threads(threads)
-        for name, gradient in all_gradients(inputs, grad_output).items():
-            assert_same_bits(gradient, expected[name])
 
 
 @every_form

@@ -18,6 +18,8 @@ from msda.testing import OPERATOR, call, leaves, make_inputs
 from tests.helpers.cases import every_form
 from tests.helpers.results import assert_same_bits, compute
 
+pytestmark = pytest.mark.not_on_executor("what is compiled or exported calls torch's operator")
+
 CPP = Path(__file__).with_name("aot_loader")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 

@@ -10,6 +10,8 @@ import torch
 import msda
 from msda.testing import make_fused_inputs, make_grad_output, make_inputs
 
+pytestmark = pytest.mark.not_on_executor("arguments are checked before a kernel is chosen")
+
 SHAPES = [(3, 4), (2, 2)]
 SIZES = dict(batch=2, num_queries=5, num_heads=3, head_dim=4, num_points=2)
 

@@ -17,6 +17,8 @@ from tests.helpers.results import (
     exact_gradients,
 )
 
+pytestmark = pytest.mark.not_on_executor("test_kernels.py has large arrays of its own")
+
 GIGABYTE = 1e9
 HEADS, HEAD_DIM = 66, 32  # 2112 channels: 2^20 keys or queries of them are more than 2^31 numbers
 

@@ -19,6 +19,8 @@ from tests.helpers.processes import run_python
 from tests.helpers.results import compute
 from tests.operator.operator_calls import SHAPES, call_operator, good_arguments, refusal
 
+pytestmark = pytest.mark.not_on_executor("the C interface is the CPU's")
+
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = dict(batch=2, num_queries=7, num_heads=3, head_dim=5, num_points=2)
 

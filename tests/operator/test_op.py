@@ -27,6 +27,8 @@ from tests.helpers.cases import every_form
 from tests.helpers.inputs import off_edges
 from tests.helpers.results import assert_close, assert_same_bits, compute, compute_gradients
 
+pytestmark = pytest.mark.not_on_executor("these are promises of torch's operator")
+
 SHAPES = [(6, 9), (3, 5), (2, 2)]
 SIZES = dict(batch=2, num_queries=5, num_heads=2, head_dim=4, num_points=2)
 

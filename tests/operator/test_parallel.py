@@ -22,6 +22,8 @@ from msda.testing import OPERATOR, TOLERANCES, call, make_inputs, relative_error
 from tests.helpers.cases import sixteen_bits
 from tests.helpers.results import assert_same_bits
 
+pytestmark = pytest.mark.not_on_executor("threads and processes are torch's")
+
 SHAPES = [(6, 9), (3, 5)]
 NUM_KEYS = 69
 

@@ -9,6 +9,8 @@ from msda.reference import ms_deform_attn_fused_reference, ms_deform_attn_refere
 from msda.testing import REFERENCE, call, gradient_names, leaves, make_fused_inputs, make_inputs
 from tests.helpers.inputs import off_edges
 
+pytestmark = pytest.mark.not_on_executor("this is the definition")
+
 INF, NAN = math.inf, math.nan
 
 # The map of the cases worked out by hand; pixel centres are at x, y in {0.25, 0.75}.

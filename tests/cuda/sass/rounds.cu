@@ -1,4 +1,4 @@
-// Small kernels whose machine code test_machine_code.py reads. The listings beside this file are
+// Small kernels whose machine code the tests read. The listings beside this file are
 //   nvcc -std=c++17 -O3 -arch=sm_90 -cubin -o rounds.cubin rounds.cu
 //   (nvdisasm -c rounds.cubin; cuobjdump -res-usage rounds.cubin) | tr -s ' ' > rounds.sm_90.sass
 
