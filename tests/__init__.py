@@ -10,5 +10,6 @@
     fuzz          random problems and hostile calls, under sanitizers too
     helpers       inputs, calls and comparisons that several folders share
 
-Files called conftest.py hold fixtures and hooks; nobody imports them.
+Files called conftest.py hold fixtures and hooks; nobody imports them. `make test SUBJECT=operator`
+runs one folder, `make test MARK=executor` what runs the CUDA kernels on the CPU.
 """

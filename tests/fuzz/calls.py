@@ -16,8 +16,6 @@ from random import Random
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
 from msda.testing import (
     OPERATOR,
     REFERENCE,
@@ -30,6 +28,10 @@ from msda.testing import (
     make_grad_output,
     make_inputs,
 )
+
+# After msda, which is another one where sanitizers run.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from tests.fuzz import seeds
 from tests.fuzz.seeds import Wrong
 from tests.helpers.inputs import in_float64, to_pixels, with_points

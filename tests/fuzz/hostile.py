@@ -24,8 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
 import msda
 from msda.testing import (
     REFERENCE,
@@ -37,6 +35,10 @@ from msda.testing import (
     make_inputs,
     relative_error,
 )
+
+# After msda, which is another one where sanitizers run.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from tests.fuzz import seeds
 from tests.fuzz.seeds import Wrong
 from tests.helpers.results import compute_gradients

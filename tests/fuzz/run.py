@@ -404,7 +404,7 @@ def run_tests(
 
 def sanitize_cuda_kernels(what: str) -> Tally:
     """All tests of the CUDA kernels that the sanitized executor runs, in its own environment."""
-    sys.path.append(str(ROOT))
+    sys.path.insert(0, str(ROOT))
     from tests.helpers import executor
 
     build_executor = ["cmake", "-S", ROOT, "-B", executor.BUILD, "-G", "Ninja"]

@@ -17,9 +17,6 @@ SMALL = dict(num_queries=7, num_labels=3)
 LAYERS = dict(encoder_layers=1, decoder_layers=2)
 
 
-# ---- small models of every family ----------------------------------------------------------------
-
-
 def stages(first):
     return [f"stage{number}" for number in range(first, 5)]
 
@@ -276,9 +273,6 @@ def tensors_of(output, name=""):
     return {
         path: tensor for key, x in items for path, tensor in tensors_of(x, f"{name}.{key}").items()
     }
-
-
-# ---- what a patched model can do -----------------------------------------------------------------
 
 
 def forward(model, inputs):

@@ -51,9 +51,6 @@ def assert_near(actual, expected, atol):
     torch.testing.assert_close(actual, expected.double(), rtol=0, atol=atol, equal_nan=True)
 
 
-# ---- the size ------------------------------------------------------------------------------------
-
-
 class Encoder(nn.Module):
     """Queries are the pixels of two maps; then there are a few others, each with more points."""
 
