@@ -278,7 +278,8 @@ def test(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "outcomes.jsonl"
             # pytest-benchmark, which the usual options need, is not needed here.
-            plain = ["-o", "addopts=--strict-markers --import-mode=importlib", "-p", "no:cacheprovider"]
+            plain = ["-o", "addopts=--strict-markers --import-mode=importlib"]
+            plain += ["-p", "no:cacheprovider"]
             command = [sys.executable, "-m", "pytest", "-q", "-p", "outcomes", *plain]
             start = time.monotonic()
             status = run(
