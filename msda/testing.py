@@ -62,16 +62,6 @@ class FusedInputs:
 AnyInputs = TypeVar("AnyInputs", Inputs, FusedInputs)
 
 
-def map_tensors(inputs: AnyInputs, change: Callable[[Tensor], Tensor]) -> AnyInputs:
-    """A copy of ``inputs`` with ``change`` applied to its floating-point tensors."""
-    changed: dict[str, Any] = {}
-    for field in fields(inputs):
-        entry = getattr(inputs, field.name)
-        if isinstance(entry, Tensor) and entry.is_floating_point():
-            changed[field.name] = change(entry)
-    return replace(inputs, **changed)
-
-
 def gradient_names(inputs: Inputs | FusedInputs) -> list[str]:
     """The arguments that have gradients: the names of the floating-point tensors."""
     entries = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
@@ -80,6 +70,14 @@ def gradient_names(inputs: Inputs | FusedInputs) -> list[str]:
         for name, entry in entries.items()
         if isinstance(entry, Tensor) and entry.is_floating_point()
     ]
+
+
+def map_tensors(inputs: AnyInputs, change: Callable[[Tensor], Tensor]) -> AnyInputs:
+    """A copy of ``inputs`` with ``change`` applied to its floating-point tensors."""
+    changed: dict[str, Any] = {
+        name: change(getattr(inputs, name)) for name in gradient_names(inputs)
+    }
+    return replace(inputs, **changed)
 
 
 def leaves(inputs: AnyInputs, names: Iterable[str] | None = None) -> AnyInputs:
@@ -128,7 +126,17 @@ def call(
     return function(value, inputs.spatial_shapes, start_index, *others, **given | options)
 
 
-def make_grad_output(inputs: Inputs | FusedInputs, seed: int = 7) -> Tensor:
+def ours(inputs: Inputs | FusedInputs, **options: Any) -> Tensor:
+    """The operator, plain or fused."""
+    return call(OPERATOR, inputs, **options)
+
+
+def reference(inputs: Inputs | FusedInputs, **options: Any) -> Tensor:
+    """The definition in plain PyTorch, plain or fused."""
+    return call(REFERENCE, inputs, **options)
+
+
+def random_like_output(inputs: Inputs | FusedInputs, seed: int = 7) -> Tensor:
     """Random numbers in the shape, dtype and place of the output: (B, Q, M * D)."""
     value, points = inputs.value, inputs.tensors()[-1]
     size = (value.shape[0], points.shape[1], value.shape[2] * value.shape[3])

@@ -47,7 +47,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from workloads import GPU_WORKLOADS, Workload  # noqa: E402
 
-from msda.testing import gradient_names, make_grad_output  # noqa: E402
+from msda.testing import gradient_names, random_like_output  # noqa: E402
 from tests.helpers import executor  # noqa: E402
 
 BUDGET = Path(__file__).with_suffix(".json")
@@ -126,10 +126,10 @@ def count(
     if direction.endswith("forward"):
         executor.forward(inputs, device)
     elif direction == "deterministic":
-        executor.gather(inputs, make_grad_output(inputs), device)
+        executor.gather(inputs, random_like_output(inputs), device)
     else:
         names = [name for name in gradient_names(inputs) if name != "reference_points"]
-        executor.backward(inputs, make_grad_output(inputs), names, device)
+        executor.backward(inputs, random_like_output(inputs), names, device)
     sums: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
     for entry in device.traffic:
         counts = sums[class_of(entry["array"], entry["kind"])]

@@ -16,9 +16,9 @@ from msda.testing import (
     call,
     gradient_names,
     leaves,
-    make_grad_output,
     make_inputs,
     map_tensors,
+    random_like_output,
 )
 from tests.helpers.cases import every_dtype, every_form
 from tests.helpers.results import (
@@ -59,7 +59,7 @@ def test_spatial_shapes_on_the_gpu_give_the_same_bits(device, make):
 @every_form
 def test_nothing_waits_for_the_gpu(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     compute(inputs)  # the first call may load the kernels
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -87,7 +87,7 @@ def test_spatial_shapes_that_do_not_cover_value_end_the_kernel(device):
 @every_form
 def test_forward_and_backward_replay_in_a_graph(device, make):
     inputs = leaves(make(SHAPES, **SIZES, device=device))
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
 
     def step():
         output = compute(inputs)
@@ -142,7 +142,7 @@ def test_runs_on_the_device_of_its_inputs(device):
 @every_form
 def test_deterministic_backward_matches_and_repeats(device, make, dtype, deterministic):
     inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     names = gradient_names(inputs)
     first, second = (compute_gradients(OPERATOR, inputs, grad_output, names) for _ in range(2))
     for name in names:
@@ -159,7 +159,7 @@ def test_tensors_at_odd_addresses_are_read_right(device):
 
     odd = map_tensors(inputs, shifted)
     assert_close(compute(odd), compute_exactly(inputs))
-    grad_output = shifted(make_grad_output(inputs))
+    grad_output = shifted(random_like_output(inputs))
     gradients = compute_gradients(OPERATOR, odd, grad_output, gradient_names(odd))
     assert_gradients_close(inputs, gradients, exact_gradients(inputs, grad_output))
 

@@ -23,8 +23,8 @@ from msda.testing import (
     Inputs,
     gradient_names,
     make_fused_inputs,
-    make_grad_output,
     make_inputs,
+    random_like_output,
     relative_error,
 )
 from tests.helpers import executor
@@ -45,7 +45,7 @@ def compute_all(inputs, device=None, **options):
     """Output and gradients, that of value twice."""
     device = device or executor.make_device()
     output = executor.forward(inputs, device, **options)
-    grad_output, names = make_grad_output(inputs), gradient_names(inputs)
+    grad_output, names = random_like_output(inputs), gradient_names(inputs)
     results = executor.backward(inputs, grad_output, names, device, output=output, **options)
     results["summed"] = results.pop("value")
     results["gathered"] = executor.gather(inputs, grad_output, device, **options)
@@ -53,7 +53,7 @@ def compute_all(inputs, device=None, **options):
 
 
 def compute_all_exactly(inputs):
-    gradients = exact_gradients(inputs, make_grad_output(inputs))
+    gradients = exact_gradients(inputs, random_like_output(inputs))
     gradients["summed"] = gradients["gathered"] = gradients.pop("value")
     return gradients | {"output": compute_exactly(inputs)}
 
@@ -109,7 +109,7 @@ def test_every_layout_of_lanes_matches_reference_in_every_order(
 @pytest.mark.parametrize("head_dim", [16, 20])
 def test_every_subset_of_gradients_has_the_bits_of_all_together(make, head_dim, dtype):
     inputs = make(SHAPES, **SIZES | {"head_dim": head_dim}, dtype=dtype)
-    output, grad_output = executor.forward(inputs), make_grad_output(inputs)
+    output, grad_output = executor.forward(inputs), random_like_output(inputs)
     names = gradient_names(inputs)
     for order in executor.ORDERS:
         gpu = executor.make_device(order=order)
@@ -124,7 +124,9 @@ def test_every_subset_of_gradients_has_the_bits_of_all_together(make, head_dim, 
 def test_a_backward_of_which_nothing_is_wanted_launches_nothing():
     inputs = make_fused_inputs(SHAPES, **SIZES)
     gpu = executor.make_device()
-    executor.backward(inputs, make_grad_output(inputs), [], gpu, output=make_grad_output(inputs))
+    executor.backward(
+        inputs, random_like_output(inputs), [], gpu, output=random_like_output(inputs)
+    )
     assert gpu.num_launches == 0
 
 
@@ -217,7 +219,7 @@ def test_warps_beyond_the_map_do_nothing(direction):
     if direction == "forward":
         executor.forward(inputs, gpu)
     else:
-        executor.backward(inputs, make_grad_output(inputs), ["value"], gpu)
+        executor.backward(inputs, random_like_output(inputs), ["value"], gpu)
     (places,) = (
         entry
         for entry in gpu.traffic
@@ -332,7 +334,7 @@ def test_offsets_into_value_have_64_bits(head_dim, width, dtype):
     large = replace(small, value=value, spatial_shapes=shapes, sampling_locations=locations)
 
     assert_close(executor.forward(large, in_place={"value"}), compute_exactly(small))
-    grad_output = make_grad_output(small)
+    grad_output = random_like_output(small)
     gradients = executor.backward(
         large, grad_output, ["value", "attention_weights"], in_place={"value", "grad_value"}
     )
@@ -395,7 +397,7 @@ def test_sanitized_kernels_touch_no_gradient_that_is_not_wanted(make, dtype):
     for head_dim in (16, 20):
         sizes = SIZES | {"num_queries": 3, "head_dim": head_dim, "num_points": 2}
         inputs = make([(3, 4), (2, 2)], **sizes, dtype=dtype)
-        output, grad_output = executor.forward(inputs), make_grad_output(inputs)
+        output, grad_output = executor.forward(inputs), random_like_output(inputs)
         for wanted in every_subset(gradient_names(inputs)):
             executor.backward(inputs, grad_output, wanted, output=output)
 
@@ -421,7 +423,7 @@ def test_a_call_is_one_launch():
     gpu = executor.make_device()
     output = executor.forward(inputs, gpu)
     assert gpu.num_launches == 1
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     names = ["value", "sampling_offsets", "attention_logits"]
     executor.backward(inputs, grad_output, names, gpu, output=output)
     assert gpu.num_launches == 2
@@ -436,7 +438,7 @@ NO_KERNEL_IMAGE, LAUNCH_FAILURE = 209, 719
 def test_failed_launches_raise_and_leave_no_error_behind(error):
     message = {NO_KERNEL_IMAGE: "no kernel image", LAUNCH_FAILURE: "unspecified launch failure"}
     inputs = make_fused_inputs(SHAPES, **SIZES)
-    output, grad_output = executor.forward(inputs), make_grad_output(inputs)
+    output, grad_output = executor.forward(inputs), random_like_output(inputs)
     calls = [
         lambda gpu: executor.forward(inputs, gpu, device_shapes="int64"),
         lambda gpu: executor.backward(
@@ -479,7 +481,7 @@ def test_problems_too_large_for_the_kernels_are_refused(inputs, message):
     with pytest.raises(RuntimeError, match=message):
         executor.forward(inputs)
     with pytest.raises(RuntimeError, match=message):
-        executor.backward(inputs, make_grad_output(inputs), ["value"])
+        executor.backward(inputs, random_like_output(inputs), ["value"])
 
 
 SORTED = dict(batch=2, queries=3, heads=8, samples=4, shape=(5, 7), shapes_on_device=False)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from msda.testing import make_grad_output, make_inputs
+from msda.testing import make_inputs, random_like_output
 from tests.cuda import memory_traffic
 from tests.cuda.memory_traffic import BUDGET, WORKLOADS, measure, over_budget
 from tests.helpers import executor
@@ -58,7 +58,7 @@ def test_counts_of_pixels_and_reductions_are_those_of_the_locations(
     # neighbouring queries of one head, and each of their corners is a request of its own.
     inputs = make_inputs([(9, 7), (4, 5)], num_queries=32, num_heads=8, num_points=2, dtype=dtype)
     device = executor.make_device(order=order, counts_memory=True, compute_capability=capability)
-    executor.backward(inputs, make_grad_output(inputs), ["value"], device, split=1)
+    executor.backward(inputs, random_like_output(inputs), ["value"], device, split=1)
     warps = [rows for rows in rows_of_warps(inputs, 4) if rows]
     by_access = {(entry["array"], entry["kind"]): entry for entry in device.traffic}
     pixels, reductions = by_access["value", "load"], by_access["grad_value", "reduction"]

@@ -25,8 +25,8 @@ from msda.testing import (
     call,
     gradient_names,
     make_fused_inputs,
-    make_grad_output,
     make_inputs,
+    random_like_output,
 )
 
 # After msda, which is another one where sanitizers run.
@@ -149,7 +149,7 @@ def make_case(seed: int) -> Case:
         inputs = replace(
             inputs, **{name: getattr(inputs, name).to(d) for name, d in others.items()}
         )
-    grad_output = make_grad_output(inputs, seed)
+    grad_output = random_like_output(inputs, seed)
 
     given = {}
     every_name = [

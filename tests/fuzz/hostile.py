@@ -31,8 +31,8 @@ from msda.testing import (
     Inputs,
     gradient_names,
     make_fused_inputs,
-    make_grad_output,
     make_inputs,
+    random_like_output,
     relative_error,
 )
 
@@ -93,7 +93,7 @@ def make_call(random: Random) -> tuple[str, Arguments]:
     arguments["num_points"] = arguments["num_points"] or []
     if route == "operator":
         return f"torch.ops.msda.{target}", arguments
-    arguments["grad_output"] = make_grad_output(inputs)
+    arguments["grad_output"] = random_like_output(inputs)
     names = [name.split("_")[-1] for name in gradient_names(inputs)]
     short = {"points": "reference"} if fused else {}
     for name in names:

@@ -9,18 +9,21 @@ from msda.testing import (
     call,
     gradient_names,
     leaves,
+    ours,
+    reference,
     relative_error,
 )
 from tests.helpers.inputs import in_float64
 
 
 def compute(inputs, **options):
-    return call(OPERATOR, inputs, **options)
+    """The operator; where a test runs on the CUDA executor, its kernels."""
+    return ours(inputs, **options)
 
 
 def compute_exactly(inputs, **options):
     """The float64 reference, on the CPU."""
-    return call(REFERENCE, in_float64(inputs), **options)
+    return reference(in_float64(inputs), **options)
 
 
 def compute_gradients(functions, inputs, grad_output, names, **options):

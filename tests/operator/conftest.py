@@ -18,8 +18,8 @@ from msda.testing import (
     call,
     gradient_names,
     leaves,
-    make_grad_output,
     make_inputs,
+    random_like_output,
 )
 from tests.helpers import executor
 from tests.helpers.inputs import in_float64
@@ -66,7 +66,7 @@ def encoder():
     """The encoder of the paper: inputs, grad_output, and float64 output and gradients."""
     # As they come, cell edges included: fractions are exact enough to fall into the right cell.
     inputs = make_inputs(PAPER_SHAPES, locations="local")
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     exact = leaves(in_float64(inputs))
     output = call(REFERENCE, exact)
     output.backward(grad_output.double())

@@ -9,8 +9,8 @@ from msda.testing import (
     FusedInputs,
     gradient_names,
     make_fused_inputs,
-    make_grad_output,
     make_inputs,
+    random_like_output,
 )
 from tests.helpers.results import compute
 
@@ -30,7 +30,7 @@ def good_arguments(name, ragged=False, device="cpu"):
     fused, backward = "fused" in name, "backward" in name
     make = functools.partial(make_fused_inputs, padding=True) if fused else make_inputs
     inputs = make(SHAPES, **SIZES, num_points=[1, 2] if ragged else 2)
-    output = make_grad_output(inputs)
+    output = random_like_output(inputs)
     given = vars(inputs) | dict(
         spatial_shapes=None,
         spatial_shapes_tensor=torch.tensor(SHAPES),

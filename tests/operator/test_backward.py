@@ -18,9 +18,9 @@ from msda.testing import (
     grid_sample_core,
     leaves,
     make_fused_inputs,
-    make_grad_output,
     make_inputs,
     map_tensors,
+    random_like_output,
     relative_error,
 )
 from tests.helpers.cases import (
@@ -66,7 +66,7 @@ def subsets(names):
 @awkward_sizes
 def test_gradients_match_reference(device, make, sizes, dtype):
     inputs = off_edges(make(**sizes, dtype=dtype, device=device))
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     actual = all_gradients(inputs, grad_output)
     for name, gradient in actual.items():
         assert gradient.dtype == getattr(inputs, name).dtype
@@ -87,7 +87,7 @@ def test_every_subset_of_gradients_has_the_bits_of_all_together(
     set_threads(threads)
     sizes = SIZES | {"num_queries": num_queries, "head_dim": 16}
     inputs = make(SHAPES, **sizes, dtype=dtype, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     names = gradient_names(inputs)
     together = call_backward(inputs, grad_output, names)
     for wanted in [(), *subsets(names)]:
@@ -103,7 +103,7 @@ def test_every_subset_of_gradients_has_the_bits_of_all_together(
 @awkward_sizes
 def test_gradients_of_nearest_match_reference(device, sizes, dtype):
     inputs = off_edges(make_inputs(**sizes, dtype=dtype, device=device))
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     actual = all_gradients(inputs, grad_output, interpolation="nearest")
     assert actual["sampling_locations"].eq(0).all()
     expected = exact_gradients(inputs, grad_output, interpolation="nearest")
@@ -116,7 +116,7 @@ def test_gradients_of_nearest_match_reference(device, sizes, dtype):
 @every_form
 def test_gradients_have_the_dtype_of_their_input(device, make, dtype, point_dtype):
     inputs = off_edges(make(SHAPES, **SIZES, dtype=dtype, point_dtype=point_dtype, device=device))
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     actual = all_gradients(inputs, grad_output)
     expected = exact_gradients(inputs, grad_output)
     for name, gradient in actual.items():
@@ -142,7 +142,7 @@ def test_gradients_of_the_encoder_of_the_paper_match_reference(device, encoder):
 @given(any_sizes())
 def test_gradients_match_reference_at_any_sizes(sizes):
     inputs = off_edges(make_inputs(**sizes))
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     actual = all_gradients(inputs, grad_output)
     assert_gradients_close(inputs, actual, exact_gradients(inputs, grad_output))
 
@@ -155,7 +155,7 @@ def test_fused_gradients_match_reference_at_any_sizes(sizes, reference_size, sha
         **sizes, reference_size=reference_size, shared_reference=shared, padding=padding
     )
     inputs = off_edges(inputs)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     actual = all_gradients(inputs, grad_output)
     expected = exact_gradients(inputs, grad_output)
     # CUDA takes the softmax's <grad_output, output> of each head from a rounded output: an error
@@ -213,7 +213,7 @@ def test_gradients_match_finite_differences_together_and_alone(device, make, opt
 def test_error_of_gradients_in_16_bits_is_at_most_twice_that_of_plain_pytorch(device, dtype):
     inputs = make_inputs(SHAPES, **SIZES, dtype=dtype, point_dtype=dtype, device=device)
     inputs = off_edges(inputs, margin=0.1)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     expected = exact_gradients(inputs, grad_output)
     plain = compute_gradients(GRID_SAMPLE, inputs, grad_output, gradient_names(inputs))
     for name, gradient in all_gradients(inputs, grad_output).items():
@@ -226,7 +226,7 @@ def test_error_of_gradients_in_16_bits_is_at_most_twice_that_of_plain_pytorch(de
 def test_logits_of_single_samples_have_no_gradient_on_the_cpu(dtype):
     # The softmax is 1 whatever the logit; no rounding of the output comes in between.
     inputs = make_fused_inputs([(6, 9)], **SIZES | {"num_points": 1}, dtype=dtype)
-    assert all_gradients(inputs, make_grad_output(inputs))["attention_logits"].eq(0).all()
+    assert all_gradients(inputs, random_like_output(inputs))["attention_logits"].eq(0).all()
 
 
 @sixteen_bits
@@ -238,7 +238,7 @@ def test_many_queries_at_one_pixel_do_not_saturate_grad_value_in_16_bits(device,
         torch.full((1, 4096, 1, 1, 1, 2), 0.5, device=device),
         torch.ones(1, 4096, 1, 1, 1, device=device),
     )
-    gradients = all_gradients(inputs, torch.ones_like(make_grad_output(inputs)))
+    gradients = all_gradients(inputs, torch.ones_like(random_like_output(inputs)))
     assert gradients["value"].eq(4096).all()
 
 
@@ -252,7 +252,7 @@ def test_many_heads_and_points_of_16_bits_do_not_saturate_grad_reference_points(
         torch.zeros(1, 1, 8, 1, 512, 2, dtype=dtype, device=device),
         torch.zeros(1, 1, 8, 1, 512, dtype=dtype, device=device),
     )
-    gradients = all_gradients(inputs, torch.ones_like(make_grad_output(inputs)))
+    gradients = all_gradients(inputs, torch.ones_like(random_like_output(inputs)))
     # 8 heads, a slope of 1 per pixel, 4 pixels; y lies on the centre of the only row, whose
     # neighbour to the south is zero: minus the value there, 1.5.
     assert gradients["reference_points"].flatten().tolist() == [8 * 4, -8 * 1.5]
@@ -269,7 +269,7 @@ BAD_NUMBERS = [math.nan, math.inf, -math.inf, 1e30, -1e30, 3.0, -2.0]
 @pytest.mark.parametrize("bad", BAD_NUMBERS, ids=str)
 def test_samples_outside_or_not_finite_have_exactly_zero_gradients(device, bad, axes, dtype):
     inputs = make_inputs(SHAPES, **SIZES, dtype=dtype, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     without = inputs.attention_weights.clone()
     without[:, ::2, :, :, 1] = 0
     expected = all_gradients(replace(inputs, attention_weights=without), grad_output)
@@ -283,7 +283,7 @@ def test_samples_outside_or_not_finite_have_exactly_zero_gradients(device, bad, 
 def test_infinite_grad_output_does_not_reach_samples_that_do_not_count(device):
     inputs = make_inputs(SHAPES, **SIZES, device=device)
     inputs.sampling_locations[:, :, :, :, 1, 0] = math.nan
-    grad_output = torch.full_like(make_grad_output(inputs), math.inf)
+    grad_output = torch.full_like(random_like_output(inputs), math.inf)
     gradients = all_gradients(inputs, grad_output)
     assert gradients["sampling_locations"][:, :, :, :, 1].eq(0).all()
     assert gradients["attention_weights"][:, :, :, :, 1].eq(0).all()
@@ -294,7 +294,7 @@ def test_infinite_grad_output_does_not_reach_samples_that_do_not_count(device):
 def test_offsets_far_away_or_not_finite_give_and_get_no_gradient(device, bad, reference_size):
     inputs = make_fused_inputs(SHAPES, **SIZES, reference_size=reference_size, device=device)
     inputs = off_edges(inputs)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     far_away = inputs.sampling_offsets.clone()
     far_away[:, ::2, :, :, 1, 0] = 1e6
     expected = exact_gradients(replace(inputs, sampling_offsets=far_away), grad_output)
@@ -314,7 +314,7 @@ def test_reference_points_that_are_not_finite_give_and_get_no_gradient(
         pytest.skip("points have no size")
     inputs = make_fused_inputs(SHAPES, **SIZES, reference_size=reference_size, device=device)
     inputs.reference_points[:, ::2, 1, axis] = bad
-    actual = all_gradients(inputs, make_grad_output(inputs))
+    actual = all_gradients(inputs, random_like_output(inputs))
     for name, gradient in actual.items():
         assert gradient.isfinite().all(), name
     assert actual["reference_points"][:, ::2, 1].eq(0).all()
@@ -336,7 +336,7 @@ def test_reference_points_that_are_not_finite_give_and_get_no_gradient(
 def test_pixels_across_the_border_neither_leak_nor_get_a_gradient(device, x, y, row, column, dtype):
     inputs = make_inputs([(6, 7)], **SIZES, dtype=dtype, device=device)
     inputs.sampling_locations.copy_(torch.tensor([x, y]))
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     expected = exact_gradients(inputs, grad_output)
     inputs.value.unflatten(1, (6, 7))[:, row, column] = math.inf
     actual = all_gradients(inputs, grad_output)
@@ -346,7 +346,7 @@ def test_pixels_across_the_border_neither_leak_nor_get_a_gradient(device, x, y, 
 
 def test_padded_pixels_neither_leak_nor_get_a_gradient(device):
     inputs = off_edges(make_fused_inputs(SHAPES, **SIZES, padding=True, device=device))
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     expected = all_gradients(inputs, grad_output)
     inputs.value[inputs.padding_mask] = math.nan
     actual = all_gradients(inputs, grad_output)
@@ -380,7 +380,7 @@ def test_empty_inputs_have_zero_gradients_of_the_right_shape(
     device, make, size, dtype, poisoned_allocations
 ):
     inputs = make(SHAPES, **SIZES | {size: 0}, dtype=dtype, device=device)
-    gradients = all_gradients(inputs, make_grad_output(inputs))
+    gradients = all_gradients(inputs, random_like_output(inputs))
     for name, gradient in gradients.items():
         assert gradient.shape == getattr(inputs, name).shape
         assert gradient.eq(0).all(), name
@@ -393,7 +393,7 @@ def test_every_element_of_every_gradient_is_written(device, make, dtype, poisone
         sizes = SIZES | {"num_points": num_points}
         inputs = make(SHAPES, **sizes, dtype=dtype, device=device)
         for names in [*subsets(gradient_names(inputs)), gradient_names(inputs)]:
-            grad_output = make_grad_output(inputs)
+            grad_output = random_like_output(inputs)
             for name, gradient in compute_gradients(OPERATOR, inputs, grad_output, names).items():
                 assert gradient.isfinite().all(), name
 
@@ -427,7 +427,7 @@ def test_inputs_without_gradients_need_no_graph(device):
 
 def test_gradients_are_summed_over_calls(device):
     inputs = make_inputs(SHAPES, **SIZES, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     once = all_gradients(inputs, grad_output)
     twice = leaves(inputs)
     (compute(twice) + compute(twice)).backward(grad_output)
@@ -441,7 +441,7 @@ def test_gradients_are_summed_over_calls(device):
 @every_form
 def test_deterministic_algorithms_give_the_same_bits_every_time(device, make, poisoned_allocations):
     inputs = make(SHAPES, **SIZES | {"num_queries": 500}, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     expected = all_gradients(inputs, grad_output)
     for _ in range(3):
         for name, gradient in all_gradients(inputs, grad_output).items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import msda
-from msda.testing import make_fused_inputs, make_grad_output, make_inputs
+from msda.testing import make_fused_inputs, make_inputs, random_like_output
 
 pytestmark = pytest.mark.not_on_executor("arguments are checked before a kernel is chosen")
 
@@ -394,7 +394,7 @@ def backward_arguments(fused):
     arguments = fused_arguments() if fused else plain_arguments()
     inputs = (make_fused_inputs if fused else make_inputs)(SHAPES, **SIZES)
     value, *others = inputs.tensors()
-    output = make_grad_output(inputs)
+    output = random_like_output(inputs)
     outputs = [output, output.clone()] if fused else [output]
     last = [None, *[True] * 4] if fused else [False, *[True] * 3]
     operator = (

@@ -15,8 +15,8 @@ from msda.testing import (
     gradient_names,
     leaves,
     make_fused_inputs,
-    make_grad_output,
     make_inputs,
+    random_like_output,
     relative_error,
 )
 from tests.helpers.cases import every_form
@@ -71,7 +71,7 @@ def many(make, count=3, **options):
 @every_form
 def test_torch_func_gives_the_gradients_of_autograd(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
-    names, grad_output = gradient_names(inputs), make_grad_output(inputs)
+    names, grad_output = gradient_names(inputs), random_like_output(inputs)
     expected = compute_gradients(OPERATOR, inputs, grad_output, names)
     function, tensors = function_of(inputs), inputs.tensors()
     everything = tuple(range(len(tensors)))
@@ -88,7 +88,7 @@ def test_torch_func_gives_the_gradients_of_autograd(device, make):
 @every_form
 def test_gradient_by_one_argument_alone(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     function = weighted(function_of(inputs), grad_output)
     for position, name in enumerate(gradient_names(inputs)):
         expected = compute_gradients(OPERATOR, inputs, grad_output, [name])[name]
@@ -107,7 +107,7 @@ def test_jacobian_is_that_of_the_reference(make):
 
 def test_autograd_passes_through_a_transform(device):
     inputs = leaves(make_inputs(SHAPES, **SIZES, device=device), ["value"])
-    function = weighted(function_of(inputs), make_grad_output(inputs))
+    function = weighted(function_of(inputs), random_like_output(inputs))
     value, locations, weights = inputs.tensors()
     (function(value, locations, weights) ** 2).backward()
     # Linear in value: the inner product of value with its gradient is the sum itself.
@@ -206,7 +206,7 @@ def test_gradients_of_vmap_are_summed_over_what_is_shared(make):
     _, *points = stacked
     shared, *mask = samples[0].value, mask_of(samples[0])
     function = function_of(samples[0])
-    grad_output = make_grad_output(samples[0])
+    grad_output = random_like_output(samples[0])
 
     def total(value, *points):
         mapped = vmap(function, (None, *[0] * len(points)))(value, *points)
@@ -289,7 +289,7 @@ def test_transforms_compile_to_one_graph(transform):
     torch.compiler.reset()
     samples, stacked = many(make_fused_inputs)
     function = function_of(samples[0])
-    gradient = grad(weighted(function, make_grad_output(samples[0])), (0, 1, 2, 3))
+    gradient = grad(weighted(function, random_like_output(samples[0])), (0, 1, 2, 3))
     transformed, arguments = {
         "grad": (gradient, samples[0].tensors()),
         "vmap": (vmap(function), stacked),
@@ -325,7 +325,7 @@ def test_second_derivatives_are_those_of_the_reference(device, make):
 
     def second(functions, inputs):
         inputs = leaves(inputs)
-        grad_output = make_grad_output(inputs).requires_grad_()
+        grad_output = random_like_output(inputs).requires_grad_()
         output = call(functions, inputs)
         first = torch.autograd.grad(output, inputs.tensors(), grad_output, create_graph=True)
         total = sum(gradient.square().sum() for gradient in first)
@@ -342,7 +342,7 @@ def test_each_second_derivative_alone(make, as_tensor):
     inputs = off_edges(make(TINY_SHAPES, **TINY), margin=0.05)
     if as_tensor:
         inputs = replace(inputs, spatial_shapes=torch.tensor(TINY_SHAPES))
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
 
     def second(functions, by, then_by):
         given = leaves(inputs, {by, then_by})

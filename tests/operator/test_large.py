@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import msda
-from msda.testing import Inputs, available_memory, make_grad_output
+from msda.testing import Inputs, available_memory, random_like_output
 from tests.helpers.results import (
     assert_close,
     assert_gradients_close,
@@ -69,7 +69,7 @@ def test_value_of_more_than_2_to_the_31_elements(device, dtype, gigabytes):
 
     for tensor in large.tensors():
         tensor.requires_grad_()
-    grad_output = make_grad_output(small)
+    grad_output = random_like_output(small)
     output = msda.ms_deform_attn(large.value, shapes, None, *large.tensors()[1:])
     assert_close(output, compute_exactly(small))
 

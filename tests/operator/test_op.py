@@ -18,9 +18,9 @@ from msda.testing import (
     gradient_names,
     leaves,
     make_fused_inputs,
-    make_grad_output,
     make_inputs,
     map_tensors,
+    random_like_output,
     relative_error,
 )
 from tests.helpers.cases import every_form
@@ -97,7 +97,7 @@ def test_opcheck_of_the_backward(device, sizes, form):
     for needs in [(True, True, True), (False, True, False)]:
         torch.library.opcheck(
             torch.ops.msda._ms_deform_attn_backward,
-            (make_grad_output(inputs), *arguments, *needs, False),
+            (random_like_output(inputs), *arguments, *needs, False),
         )
 
 
@@ -109,7 +109,7 @@ def test_opcheck_of_the_fused_backward(device, sizes, form):
     for needs in [(True, True, True, True), (True, False, False, True)]:
         torch.library.opcheck(
             torch.ops.msda._ms_deform_attn_fused_backward,
-            (make_grad_output(inputs), output, *arguments, *needs, False),
+            (random_like_output(inputs), output, *arguments, *needs, False),
         )
 
 
@@ -127,7 +127,7 @@ def compiled(**options):
 
 
 def assert_same_results(functions, inputs, **options):
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     assert_same_bits(call(functions, inputs, **options), compute(inputs, **options))
     actual = compute_gradients(functions, inputs, grad_output, gradient_names(inputs), **options)
     expected = compute_gradients(OPERATOR, inputs, grad_output, gradient_names(inputs), **options)
@@ -189,7 +189,7 @@ def test_compiles_with_inductor(device):
         return msda.ms_deform_attn_fused(*arguments, **options).sin()
 
     inputs = make_fused_inputs(SHAPES, **SIZES, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     actual, expected = (
         compute_gradients({FusedInputs: version}, inputs, grad_output, gradient_names(inputs))
         for version in (torch.compile(function, fullgraph=True), function)

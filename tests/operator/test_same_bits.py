@@ -11,9 +11,9 @@ from msda.testing import (
     gradient_names,
     leaves,
     make_fused_inputs,
-    make_grad_output,
     make_inputs,
     map_tensors,
+    random_like_output,
 )
 from tests.helpers.cases import SHAPES, SIZES, every_dtype, every_form
 from tests.helpers.inputs import off_by_one_byte
@@ -117,7 +117,7 @@ def test_inputs_are_left_as_they_were(device):
 @every_form
 def test_grad_output_need_not_be_contiguous(device, make, dtype):
     inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     transposed = grad_output.transpose(0, 2).contiguous().transpose(0, 2)
     assert not transposed.is_contiguous()
     expected = all_gradients(inputs, grad_output)
@@ -129,7 +129,7 @@ def test_grad_output_need_not_be_contiguous(device, make, dtype):
 @every_form
 def test_no_tensor_need_be_aligned_to_its_elements(device, make, dtype):
     inputs = make(SHAPES, **SIZES, dtype=dtype, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     names = gradient_names(inputs)
     expected = call_backward(inputs, grad_output, names)
     shifted = map_tensors(inputs, off_by_one_byte)
@@ -141,7 +141,7 @@ def test_no_tensor_need_be_aligned_to_its_elements(device, make, dtype):
 @every_form
 def test_grad_output_may_be_expanded(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
-    expanded = torch.full((), 0.75, device=device).expand_as(make_grad_output(inputs))
+    expanded = torch.full((), 0.75, device=device).expand_as(random_like_output(inputs))
     expected = all_gradients(inputs, expanded.contiguous())
     for name, gradient in all_gradients(inputs, expanded).items():
         assert_same_bits(gradient, expected[name])
@@ -150,7 +150,7 @@ def test_grad_output_may_be_expanded(device, make):
 @every_form
 def test_inputs_need_not_be_contiguous(device, make):
     inputs = make(SHAPES, **SIZES, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     expected = all_gradients(inputs, grad_output)
     names = gradient_names(inputs)
     strided = [
@@ -165,7 +165,7 @@ def test_inputs_need_not_be_contiguous(device, make):
 @every_form
 def test_gradients_of_expanded_inputs_are_summed(device, make):
     inputs = make(SHAPES, **SIZES | {"batch": 1}, device=device)
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     expected = all_gradients(inputs, grad_output)
     given = leaves(inputs)
     expanded = map_tensors(given, lambda tensor: tensor.expand(4, *tensor.shape[1:]))
@@ -216,7 +216,7 @@ def test_gradients_have_the_same_bits_for_any_number_of_threads(
         num_points=[1, 3, 2, 2],
         dtype=dtype,
     )
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     set_threads(1)
     expected = all_gradients(inputs, grad_output)
     for threads in (2, 3, 8):

@@ -20,9 +20,9 @@ from msda.testing import (
     call,
     gradient_names,
     make_fused_inputs,
-    make_grad_output,
     make_inputs,
     map_tensors,
+    random_like_output,
     relative_error,
 )
 from tests.helpers.cases import every_dtype
@@ -116,7 +116,7 @@ def test_one_bad_number_reaches_what_it_reaches_in_the_reference(
     device, make, options, dtype, set_threads
 ):
     base = make_every_kind_of_query(make, options, dtype, device)
-    base_grad_output = make_grad_output(base)
+    base_grad_output = random_like_output(base)
     for name in [*gradient_names(base), "grad_output"]:
         tensor = base_grad_output if name == "grad_output" else getattr(base, name)
         for n, place in enumerate(places(tensor)):
@@ -139,7 +139,7 @@ def test_results_too_large_for_float16_are_infinite_as_in_the_reference(device, 
     inputs.value.clamp_(-3, 3).mul_(largest / 3)
     if isinstance(inputs, Inputs):
         inputs.attention_weights.mul_(20)
-    grad_output = torch.full_like(make_grad_output(inputs), largest)
+    grad_output = torch.full_like(random_like_output(inputs), largest)
     actual = compute_all(OPERATOR, inputs, grad_output, options)
     expected = compute_all(REFERENCE, inputs, grad_output, options)
     assert not expected["value"].isfinite().all()
@@ -184,7 +184,7 @@ def test_offsets_that_cancel_the_distance_of_a_reference_point_do_not_extrapolat
     inputs = map_tensors(inputs, lambda tensor: tensor.to(device))
     inputs.value.fill_(1)
 
-    results = compute_all(OPERATOR, inputs, make_grad_output(inputs), {})
+    results = compute_all(OPERATOR, inputs, random_like_output(inputs), {})
     assert results["output"].gt(0).float().mean() > 0.1
     assert results["output"].ge(0).all()
     assert results["output"].le(1 + 4 * torch.finfo(dtype).eps).all()
@@ -211,7 +211,7 @@ def test_maps_too_wide_for_a_float32_of_half_pixels_do_not_extrapolate(device):
 def test_padding_masks_are_true_where_a_byte_is_not_zero(device, byte):
     make = FORMS["points_padding"][0]
     inputs = off_edges(make(device=device))
-    grad_output = make_grad_output(inputs)
+    grad_output = random_like_output(inputs)
     expected = compute_all(OPERATOR, inputs, grad_output, {})
     bytes_of_mask = inputs.padding_mask.to(torch.uint8) * byte
     inputs = replace(inputs, padding_mask=bytes_of_mask.view(torch.bool))
