@@ -9,8 +9,6 @@ from tests.helpers import executor
 
 pytestmark = pytest.mark.executor
 
-ORDERS = ["forward", "reverse", "random"]
-
 
 @pytest.fixture(scope="module")
 def self_test():
@@ -25,7 +23,7 @@ def make_device(request):
     return make
 
 
-every_order = pytest.mark.parametrize("order", ORDERS)
+every_order = pytest.mark.parametrize("order", executor.ORDERS)
 
 
 # ---- warps ---------------------------------------------------------------------------------------
@@ -54,7 +52,7 @@ def test_xor_shuffle_reaches_earlier_groups_but_not_later_ones(make_device, self
 
 
 def test_warp_barrier_does_not_wait_for_lanes_that_have_exited(make_device, self_test):
-    for order in ORDERS:
+    for order in executor.ORDERS:
         got = self_test.warp_barrier_after_exit(make_device(order=order))
         assert got[1::2] == [lane ^ 2 for lane in range(1, 32, 2)]
 
@@ -64,15 +62,15 @@ def test_missing_barrier_shows_in_some_order_of_lanes(make_device, self_test, th
     run = getattr(self_test, f"neighbours_in_{threads}")
     count = {"warp": 32, "block": 64}[threads]
     right = [(i + step) % count for i in range(count) for step in (-1, 1)]
-    assert all(run(make_device(order=order), True) == right for order in ORDERS)
-    assert any(run(make_device(order=order), False) != right for order in ORDERS)
+    assert all(run(make_device(order=order), True) == right for order in executor.ORDERS)
+    assert any(run(make_device(order=order), False) != right for order in executor.ORDERS)
 
 
 # ---- blocks --------------------------------------------------------------------------------------
 
 
 def test_shared_memory_holds_nan_at_the_start_of_each_block(make_device, self_test):
-    for order in ORDERS:
+    for order in executor.ORDERS:
         found = self_test.unwritten_shared_memory(make_device(order=order), 3)
         assert found == [0xFFFFFFFF] * 6
 
@@ -109,7 +107,7 @@ def test_order_of_threads_and_blocks_is_as_asked_for(make_device, self_test):
 
 
 def test_atomic_additions_of_all_threads_count(make_device, self_test):
-    for order in ORDERS:
+    for order in executor.ORDERS:
         assert self_test.atomic_sums(make_device(order=order)) == [192, 3 * sum(range(64))]
 
 
