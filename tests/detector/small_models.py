@@ -139,7 +139,7 @@ def checkpoint_of(model, categories=None):
     return Checkpoint(model.state_dict(), Config(model=model.config), categories, ids)
 
 
-def assert_same_state(actual, expected):
+def assert_same_tensors(actual, expected):
     assert actual.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(actual[key], tensor), key

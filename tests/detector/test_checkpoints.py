@@ -23,7 +23,7 @@ from detector.model import DeformableDETR, build_model
 from tests.detector.official_layout import NUM_ALIASES, NUM_ENTRIES, NUM_TRAINABLE, official_shapes
 from tests.detector.small_models import (
     DEFORMABLE,
-    assert_same_state,
+    assert_same_tensors,
     checkpoint_of,
     every_deformable,
     load_weights,
@@ -89,7 +89,7 @@ def test_originals_file_loads_with_its_command_line(tmp_path, small_model):
     with pytest.raises(Exception, match=r"argparse\.Namespace"):
         torch.load(path, weights_only=True)
     state, config, categories = load_weights(path)
-    assert_same_state(state, small_model.state_dict())
+    assert_same_tensors(state, small_model.state_dict())
     assert config == dataclasses.replace(small_model.config, dropout=0.25)
     assert categories is None
     checkpoint = read_checkpoint(path)
@@ -97,7 +97,7 @@ def test_originals_file_loads_with_its_command_line(tmp_path, small_model):
     assert checkpoint.config.data.label_ids == "category"
     model = build_model(config)
     load_into(model, state)
-    assert_same_state(model.state_dict(), small_model.state_dict())
+    assert_same_tensors(model.state_dict(), small_model.state_dict())
 
 
 def test_loading_leaves_namespace_forbidden_elsewhere(tmp_path, small_model):
@@ -157,7 +157,7 @@ def test_original_file_we_write_is_read_as_the_same_model(tmp_path, small_model)
     path = tmp_path / "original.pth"
     save_original(path, checkpoint_of(small_model))
     state, config, _ = load_weights(path)
-    assert_same_state(state, small_model.state_dict())
+    assert_same_tensors(state, small_model.state_dict())
     assert config == small_model.config
     with torch.serialization.safe_globals([argparse.Namespace]):
         arguments = torch.load(path, weights_only=True)["args"]
@@ -174,7 +174,7 @@ def test_our_file_gives_weights_model_and_categories(tmp_path, small_model):
     written.config = written.config.replace(label_ids="category", epochs=7)
     save_ours(path, written)
     state, config, categories = load_weights(path)
-    assert_same_state(state, small_model.state_dict())
+    assert_same_tensors(state, small_model.state_dict())
     assert config == small_model.config
     assert categories == names
     read = read_checkpoint(path)
@@ -243,7 +243,7 @@ def test_other_class_count_is_refused_with_shapes_and_the_flag(shallow_resnet, v
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"shape \(3, 32\), got \(7, 32\).*--reset-classes"):
         load_into(model, trained.state_dict())
-    assert_same_state(model.state_dict(), before)
+    assert_same_tensors(model.state_dict(), before)
 
 
 @every_deformable
@@ -279,7 +279,7 @@ def test_other_misfits_are_named_and_change_nothing(shallow_resnet, small_model)
     assert "surplus is unexpected" in str(error.value)
     with pytest.raises(ValueError, match=r"linear1\.weight must have shape \(40, 32\), got \(48,"):
         load_into(model, small_model.state_dict(), reset_classes=True)
-    assert_same_state(model.state_dict(), before)
+    assert_same_tensors(model.state_dict(), before)
 
 
 # ---- command line --------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def test_command_line_converts_there_and_back(tmp_path, small_model, capsys):
         convert.main([str(steps[-2]), str(steps[-1]), "--to", kind])
         assert str(steps[-1]) in capsys.readouterr().out
     state, config, _ = load_weights(steps[-1])
-    assert_same_state(state, small_model.state_dict())
+    assert_same_tensors(state, small_model.state_dict())
     assert config == load_weights(steps[0])[1]
     # Labels of the original's checkpoints are category ids.
     assert read_checkpoint(steps[2]).category_ids == list(range(7))
@@ -305,7 +305,7 @@ def test_command_line_keeps_what_our_files_know(tmp_path, small_model):
     save_ours(tmp_path / "last.pt", written)
     convert.main([str(tmp_path / "last.pt"), str(tmp_path / "weights.pt"), "--to", "ours"])
     read = read_checkpoint(tmp_path / "weights.pt")
-    assert_same_state(read.state, written.state)
+    assert_same_tensors(read.state, written.state)
     assert dataclasses.replace(read, state=written.state) == written
 
 

@@ -15,7 +15,7 @@ from detector.config import Config, ModelConfig
 from detector.model import DeformableDETR, build_model
 from tests.detector.small_models import (
     DEFORMABLE,
-    assert_same_state,
+    assert_same_tensors,
     checkpoint_of,
     every_deformable,
     load_weights,
@@ -173,7 +173,7 @@ def test_timm_folder_says_what_transformers_shall_build(tmp_path):
     read_state, read, categories = load_weights(tmp_path)
     assert read == config
     assert categories is None
-    assert_same_state(read_state, checkpoint.state)
+    assert_same_tensors(read_state, checkpoint.state)
     transformers = pytest.importorskip("transformers")
     theirs = transformers.DeformableDetrConfig.from_pretrained(tmp_path)
     assert theirs.backbone_config.model_type == "timm_backbone"
