@@ -12,7 +12,7 @@
 
 It needs the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, and binutils; no GPU.
 
-The budget file, tests/cuda/machine_code/budget.json:
+The budget file, tests/cuda/machine_code.json:
 
     margin         by how much the instructions per sample may exceed what is recorded
     targets        what they may never exceed, by architecture and kernel
@@ -44,7 +44,7 @@ from tests.cuda.machine_code.kernel import Kernel
 from tests.cuda.machine_code.listing import Problem
 from tests.cuda.machine_code.tools import ROOT, compile_kernels, read_objects
 
-BUDGET = Path(__file__).with_name("budget.json")
+BUDGET = ROOT / "tests" / "cuda" / "machine_code.json"
 
 
 def table(kernels: Iterable[Kernel], budget: dict, every: bool = False) -> str:
