@@ -5,6 +5,11 @@ import torch
 
 import msda
 
+# So that an assertion in a helper that fails shows its values, as one in a test does.
+pytest.register_assert_rewrite(
+    "tests.helpers", "tests.cuda", "tests.detector", "tests.integrations", "tests.plot"
+)
+
 
 def pytest_report_header():
     about = msda.info()
@@ -15,21 +20,19 @@ def pytest_report_header():
     )
 
 
+@pytest.fixture
+def needs_cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    if not msda.info()["cuda_architectures"]:
+        pytest.skip("msda was built without CUDA kernels")
+
+
 @pytest.fixture(params=["cpu", "cuda"])
 def device(request):
-    """Where the tensors of a test are: on "cpu" or "cuda".
-
-    Tests of the operator have a third one, "executor": the CUDA kernels run on the CPU, and so the
-    tensors are there. See operator/conftest.py.
-    """
-    if request.param == "executor":
-        request.getfixturevalue("kernels_in_place_of_the_operator")
-        return "cpu"
+    """Where the tensors of a test are. Those of the operator have one more, in its conftest.py."""
     if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("there is no CUDA device")
-        if not msda.info()["cuda_architectures"]:
-            pytest.skip("msda was built without CUDA kernels")
+        request.getfixturevalue("needs_cuda")
     return request.param
 
 

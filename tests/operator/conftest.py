@@ -41,6 +41,17 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
+def device(request):
+    """Where the tensors of a test are; on the executor, the CPU."""
+    if request.param == "executor":
+        request.getfixturevalue("kernels_in_place_of_the_operator")
+        return "cpu"
+    if request.param == "cuda":
+        request.getfixturevalue("needs_cuda")
+    return request.param
+
+
+@pytest.fixture
 def kernels_in_place_of_the_operator(monkeypatch, request):
     """The CUDA kernels, on a GPU and in an order of threads that depend on the test's name."""
     executor.load()
