@@ -90,6 +90,7 @@ def test_encoder_of_the_paper_matches_reference(device, encoder):
     assert_close(output, expected, tolerance=5e-7)
 
 
+@pytest.mark.not_on_executor("no kernel is called for what is empty")
 @pytest.mark.parametrize("empty", [dict(batch=0), dict(num_queries=0), dict(num_points=0)])
 @every_form
 def test_empty_inputs_give_empty_or_zero_outputs(device, make, empty):
@@ -169,6 +170,7 @@ def all_16_bit_patterns(dtype, device):
     return torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
 
 
+@pytest.mark.not_on_executor("too many queries; test_kernels.py has its own, by channels")
 @sixteen_bits
 def test_every_16_bit_number_passes_unchanged(device, dtype):
     numbers = all_16_bit_patterns(dtype, device)
@@ -176,6 +178,7 @@ def test_every_16_bit_number_passes_unchanged(device, dtype):
     assert_same_bits(pixel_times_weight(numbers, ones), numbers)
 
 
+@pytest.mark.not_on_executor("too many queries; test_kernels.py has its own, by channels")
 @sixteen_bits
 def test_results_are_rounded_to_the_nearest_even_16_bit_number(device, dtype):
     numbers = all_16_bit_patterns(dtype, device)
