@@ -62,11 +62,11 @@ def resnet_config(variant="multi_scale", **changes):
     return ModelConfig(**(sizes | DEFORMABLE[variant] | changes))
 
 
-def randomise(model):
-    """Let every tensor matter, those that start at zero too."""
+def randomise(model, scale=0.1):
+    """Let every tensor matter, those that start at zero too; ``scale`` is of the transformer."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.02 if "backbone" in name else 0.1)
+            parameter.add_(torch.randn_like(parameter), alpha=0.02 if "backbone" in name else scale)
         for module in model.modules():
             if isinstance(module, FrozenBatchNorm2d):
                 module.weight.uniform_(0.3, 0.6)

@@ -35,7 +35,7 @@ from tests.detector.small_models import (
 
 @pytest.fixture
 def small_model(shallow_resnet):
-    return randomise(build_model(resnet_config("two_stage")))
+    return randomise(build_model(resnet_config("two_stage")), scale=0.2)
 
 
 # ---- the original's keys -------------------------------------------------------------------------
@@ -238,7 +238,7 @@ def test_missing_file_is_named(tmp_path):
 
 @every_deformable
 def test_other_class_count_is_refused_with_shapes_and_the_flag(shallow_resnet, variant):
-    trained = randomise(build_model(resnet_config(variant)))
+    trained = randomise(build_model(resnet_config(variant)), scale=0.2)
     model = build_model(resnet_config(variant, num_classes=3))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     with pytest.raises(ValueError, match=r"shape \(3, 32\), got \(7, 32\).*--reset-classes"):
@@ -248,7 +248,7 @@ def test_other_class_count_is_refused_with_shapes_and_the_flag(shallow_resnet, v
 
 @every_deformable
 def test_other_class_count_gets_new_heads_by_one_flag(shallow_resnet, variant):
-    trained = randomise(build_model(resnet_config(variant))).state_dict()
+    trained = randomise(build_model(resnet_config(variant)), scale=0.2).state_dict()
     model = build_model(resnet_config(variant, num_classes=3))
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     load_into(model, trained, reset_classes=True)

@@ -49,7 +49,9 @@ def official(tmp_path_factory):
     """A file of the original's layout for COCO: 91 columns."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(RESNET_BLOCKS, "resnet50", (1, 1, 1, 1))
-        model = randomise(build_model(resnet_config("two_stage", num_classes=91, dropout=0.25)))
+        model = randomise(
+            build_model(resnet_config("two_stage", num_classes=91, dropout=0.25)), scale=0.2
+        )
     path = tmp_path_factory.mktemp("official") / "r50_deformable_detr-checkpoint.pth"
     return original_file(path, model), model.state_dict()
 

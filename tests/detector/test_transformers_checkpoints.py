@@ -60,7 +60,7 @@ def test_transformers_model_gives_the_same_detections(
 ):
     transformers = pytest.importorskip("transformers")
     config = resnet_config(variant, position_embedding=position_embedding)
-    ours = randomise(build_model(config))
+    ours = randomise(build_model(config), scale=0.2)
     names = list("abcdefg")
     save_transformers(tmp_path, checkpoint_of(ours, names))
     theirs, report = transformers.DeformableDetrForObjectDetection.from_pretrained(
@@ -100,7 +100,7 @@ def test_what_transformers_saves_loads_here(shallow_resnet, tmp_path, variant):
     assert categories == list("abcdefg")
     ours = build_model(read)
     load_into(ours, state)
-    randomise(theirs)
+    randomise(theirs, scale=0.2)
     theirs.save_pretrained(tmp_path / "theirs")
     load_into(ours, load_weights(tmp_path / "theirs")[0])
     assert_same_detections(ours, theirs)
