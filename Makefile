@@ -2,7 +2,8 @@
 #
 #   make demo        build, then train the detector of examples/ on digits, evaluate it and draw its work
 #   make quickstart  build, then train one encoder layer on a real photograph, and draw where it looks
-#   make test        build, then run the whole test suite
+#   make test        build, then run the whole test suite; SUBJECT=operator: that folder of tests/ alone,
+#                    MARK=executor: the tests that run the CUDA kernels on the CPU alone
 #   make bench       build, then run every benchmark of the README, but for the next (an hour)
 #   make convergence build, then compare training with deformable and dense attention (an hour)
 #   make bench-check build, then hold speed against the committed ratios (two minutes)
@@ -30,10 +31,12 @@ ABI_PYTHON ?=
 ARCH ?= $(shell uname -m)
 WHEEL ?=
 GPU_OPTIONS ?=
+MARK ?=
 MINUTES ?= 1
 FUZZ_OPTIONS ?=
 RELIABILITY ?= benchmarks/results/reliability
 BENCH ?= build/bench
+SUBJECT ?=
 
 ifeq ($(VENV),)
   RUN := $(PYTHON)
@@ -45,11 +48,11 @@ else
 endif
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda_executor tests/cuda_executor/* tests/fuzz \
+FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda/executor tests/cuda/executor/* tests/fuzz \
   benchmarks, \
   $(foreach kind,h cpp cuh cu,$(folder)/*.$(kind))))
 # What must hold for every instruction set, not only the best one of this machine.
-KERNEL_TESTS := $(foreach name,forward backward special_numbers module,tests/test_$(name).py)
+KERNEL_TESTS := $(foreach name,forward backward same_bits special_numbers module,tests/operator/test_$(name).py)
 OTHER_CAPABILITIES := import msda; i = msda.info(); \
   print(*(set(i['cpu_capabilities_supported']) - {i['cpu_capability']}))
 # Test files side by side, one on each core, where pytest-xdist is installed.
@@ -89,9 +92,10 @@ executor: build/installed.stamp
 
 test: executor
 	set -e; workers=$$($(RUN) -c "$(SIDE_BY_SIDE)"); \
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $$workers tests; \
-	for capability in $$($(RUN) -c "$(OTHER_CAPABILITIES)"); do \
-	  MSDA_CPU_CAPABILITY=$$capability $(RUN) -m pytest -q $$workers $(KERNEL_TESTS); done
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $$workers $(if $(MARK),-m $(MARK)) tests/$(SUBJECT); \
+	for capability in $(if $(SUBJECT)$(MARK),,$$($(RUN) -c "$(OTHER_CAPABILITIES)")); do \
+	  MSDA_CPU_CAPABILITY=$$capability \
+	    $(RUN) -m pytest -q $$workers -m "not executor" $(KERNEL_TESTS); done
 
 bench: executor
 	$(RUN) benchmarks/bench_operator.py --output $(BENCH)/operator.json
@@ -133,19 +137,19 @@ lint: $(REQUIREMENTS)
 	$(RUN) -m mypy
 
 machine-code: $(REQUIREMENTS)
-	$(RUN) tests/machine_code.py check --arch sm_90
+	$(RUN) -m tests.cuda.machine_code check --arch sm_90
 
 memory-traffic: executor
-	$(RUN) tests/memory_traffic.py check
+	$(RUN) -m tests.cuda.memory_traffic check
 
 wheel: $(REQUIREMENTS)
-	env -u MSDA_BUILD_DIR $(RUN) tests/release.py --arch $(ARCH)
+	env -u MSDA_BUILD_DIR $(RUN) tests/packaging/build_release.py --arch $(ARCH)
 
 abi: $(REQUIREMENTS)
-	$(RUN) tests/abi.py $(if $(WHEEL),--wheel $(WHEEL)) $(ABI_PYTHON:%=--python %) $(ABI_TORCH)
+	$(RUN) tests/packaging/try_versions.py $(if $(WHEEL),--wheel $(WHEEL)) $(ABI_PYTHON:%=--python %) $(ABI_TORCH)
 
 compat: $(REQUIREMENTS)
-	MSDA_CUDA=0 $(RUN) tests/compat.py $(COMPAT)
+	MSDA_CUDA=0 $(RUN) -m tests.integrations.compatibility $(COMPAT)
 
 clean:
 	rm -rf build dist out msda.egg-info msda/include msda/libmsda.* msda/libmsda_cpu.* $(VENV)

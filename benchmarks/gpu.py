@@ -210,7 +210,7 @@ def build(options: argparse.Namespace) -> int:
 TEST_FILES = (
     "test_forward.py",
     "test_backward.py",
-    "test_cuda.py",
+    "test_gpu.py",
     "test_op.py",
     "test_module.py",
     "test_errors.py",
@@ -221,8 +221,7 @@ OTHER_TEST_FILES = (
     "test_gpu_tools.py",
     "test_bench_*.py",
     "test_build.py",
-    "test_machine_code.py",
-    "test_cuda_*.py",
+    "cuda/test_[!g]*.py",
 )
 
 
@@ -230,7 +229,7 @@ def test_files() -> list[Path]:
     """The test files that have cases on a device, the most telling first."""
     found = {
         path.name: path
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
         if not any(path.match(pattern) for pattern in OTHER_TEST_FILES)
     }
     first = [found.pop(name) for name in TEST_FILES if name in found]
@@ -271,7 +270,7 @@ def test(options: argparse.Namespace) -> int:
     quick = "test_forward.py" if options.device == "cuda" else "test_reference.py"
     wanted = options.file or ([quick] if options.smoke else None)
     files = [file for file in test_files() if wanted is None or file.name in wanted]
-    selection = "cuda" if options.device == "cuda" else "not cuda"
+    selection = "cuda" if options.device == "cuda" else "not cuda and not executor"
     for file in files:
         if not deadline.allows(5):
             results["not_run"].append(f"{file.name}: {options.minutes:g} minutes were over")
@@ -279,7 +278,8 @@ def test(options: argparse.Namespace) -> int:
         with tempfile.TemporaryDirectory() as scratch:
             log = Path(scratch) / "outcomes.jsonl"
             # pytest-benchmark, which the usual options need, is not needed here.
-            plain = ["-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
+            plain = ["-o", "addopts=--strict-markers --import-mode=importlib"]
+            plain += ["-p", "no:cacheprovider"]
             command = [sys.executable, "-m", "pytest", "-q", "-p", "outcomes", *plain]
             start = time.monotonic()
             status = run(

@@ -727,8 +727,8 @@ def paper_table() -> str:
 
 def traffic_table() -> str:
     """What the CUDA kernels ask of memory, from the budget that the tests hold them to."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from memory_traffic import BUDGET, markdown_table
+    sys.path.insert(0, str(ROOT))
+    from tests.cuda.memory_traffic import BUDGET, markdown_table
 
     traffic = json.loads(BUDGET.read_text())["traffic"]
     shown = {
@@ -795,8 +795,8 @@ def _tried(runs: list[dict]) -> str:
 
 def hits_table() -> str:
     """How often a model of L1 holds an encoder's pixels."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from memory_traffic import BUDGET, markdown_hits
+    sys.path.insert(0, str(ROOT))
+    from tests.cuda.memory_traffic import BUDGET, markdown_hits
 
     return markdown_hits(json.loads(BUDGET.read_text())["hits"])
 

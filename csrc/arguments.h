@@ -2,7 +2,7 @@
 // what is asked of a tensor is in Access<Tensor>, which torch.h's and msda.h's tensors have each.
 //
 // msda/checks.py holds the same table and the same checks, for tensors without data and for the
-// reference. tests/test_arguments.py compares the tables and walks every rule through both.
+// reference. tests/operator/test_arguments.py compares the tables and walks every rule through both.
 
 #pragma once
 

@@ -1,8 +1,9 @@
 """The arguments of the operators in one table, and the checks made from it.
 
 ``csrc/arguments.h`` holds the same table and the same checks for the compiled operator. Those here
-serve tensors without data and the reference; ``tests/test_arguments.py`` compares the tables and
-walks every rule through both. Each check raises RuntimeError: ``<name> must <rule>, got <value>``.
+serve tensors without data and the reference; ``tests/operator/test_arguments.py`` compares the
+tables and walks every rule through both. Each check raises RuntimeError:
+``<name> must <rule>, got <value>``.
 """
 
 from __future__ import annotations

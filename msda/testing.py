@@ -1,14 +1,18 @@
-"""Inputs and tolerances shared by tests, benchmarks and examples."""
+"""Inputs, calls and tolerances shared by tests, benchmarks and examples."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from msda.functional import ms_deform_attn, ms_deform_attn_fused
+from msda.reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
 
 # Encoder of Deformable DETR R50 at 800 x 1333: strides 8, 16, 32, 64 (S = 22 223).
 PAPER_SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
@@ -58,19 +62,109 @@ class FusedInputs:
 AnyInputs = TypeVar("AnyInputs", Inputs, FusedInputs)
 
 
+def gradient_names(inputs: Inputs | FusedInputs) -> list[str]:
+    """The arguments that have gradients: the names of the floating-point tensors."""
+    entries = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    return [
+        name
+        for name, entry in entries.items()
+        if isinstance(entry, Tensor) and entry.is_floating_point()
+    ]
+
+
 def map_tensors(inputs: AnyInputs, change: Callable[[Tensor], Tensor]) -> AnyInputs:
     """A copy of ``inputs`` with ``change`` applied to its floating-point tensors."""
-    changed: dict[str, Any] = {}
-    for field in fields(inputs):
-        entry = getattr(inputs, field.name)
-        if isinstance(entry, Tensor) and entry.is_floating_point():
-            changed[field.name] = change(entry)
+    changed: dict[str, Any] = {
+        name: change(getattr(inputs, name)) for name in gradient_names(inputs)
+    }
     return replace(inputs, **changed)
 
 
-def leaves(inputs: AnyInputs) -> AnyInputs:
-    """A copy of ``inputs`` whose floating-point tensors are leaves that require a gradient."""
-    return map_tensors(inputs, lambda tensor: tensor.detach().clone().requires_grad_())
+def leaves(inputs: AnyInputs, names: Iterable[str] | None = None) -> AnyInputs:
+    """A copy of ``inputs`` in which some tensors are leaves that require a gradient.
+
+    ``names`` are those tensors; None: all that have a gradient.
+    """
+    chosen: dict[str, Any] = {
+        name: getattr(inputs, name).detach().clone().requires_grad_()
+        for name in (gradient_names(inputs) if names is None else names)
+    }
+    return replace(inputs, **chosen)
+
+
+# The plain and the fused one of what call() takes.
+Functions = Mapping[type, Callable[..., Tensor]]
+OPERATOR: Functions = {Inputs: ms_deform_attn, FusedInputs: ms_deform_attn_fused}
+REFERENCE: Functions = {
+    Inputs: ms_deform_attn_reference,
+    FusedInputs: ms_deform_attn_fused_reference,
+}
+
+
+def call(
+    functions: Functions,
+    inputs: Inputs | FusedInputs,
+    *,
+    start_index: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Call the plain or the fused one of ``functions``, whichever ``inputs`` are for.
+
+    Args:
+        functions: ``OPERATOR``, ``REFERENCE``, or what stands in for them.
+        start_index: level_start_index.
+        options: other keyword arguments; num_points and the padding mask are those of ``inputs``.
+
+    Returns:
+        output (B, Q, M * D).
+    """
+    value, *others = inputs.tensors()
+    given: dict[str, Any] = {"num_points": inputs.num_points}
+    if isinstance(inputs, FusedInputs):
+        given["padding_mask"] = inputs.padding_mask
+    function = functions[type(inputs)]
+    return function(value, inputs.spatial_shapes, start_index, *others, **given | options)
+
+
+def ours(inputs: Inputs | FusedInputs, **options: Any) -> Tensor:
+    """The operator, plain or fused."""
+    return call(OPERATOR, inputs, **options)
+
+
+def reference(inputs: Inputs | FusedInputs, **options: Any) -> Tensor:
+    """The definition in plain PyTorch, plain or fused."""
+    return call(REFERENCE, inputs, **options)
+
+
+def random_like_output(inputs: Inputs | FusedInputs, seed: int = 7) -> Tensor:
+    """Random numbers in the shape, dtype and place of the output: (B, Q, M * D)."""
+    value, points = inputs.value, inputs.tensors()[-1]
+    size = (value.shape[0], points.shape[1], value.shape[2] * value.shape[3])
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(size, generator=random).to(value.device, value.dtype)
+
+
+def grid_sample_core(inputs: Inputs) -> Tensor:
+    """The operator by one ``grid_sample`` per level: the fallback of every detection library.
+
+    Unlike ``msda.reference`` it guards against nothing (NaN, far-away locations) and computes
+    everything in the dtype of value. (B, Q, M * D).
+    """
+    value, weights = inputs.value, inputs.attention_weights
+    batch, _, num_heads, head_dim = value.shape
+    num_queries = weights.shape[1]
+    grids = 2 * inputs.sampling_locations.to(value.dtype) - 1
+    counts = inputs.num_points
+    by_level = grids.split(counts, 3) if counts else grids.unbind(3)  # L of (B, Q, M, P, 2)
+    maps = value.split([height * width for height, width in inputs.spatial_shapes], dim=1)
+    samples = []
+    for level, (height, width) in enumerate(inputs.spatial_shapes):
+        image = maps[level].permute(0, 2, 3, 1).reshape(-1, head_dim, height, width)
+        grid = by_level[level].transpose(1, 2).flatten(0, 1)  # (B * M, Q, P, 2)
+        samples.append(F.grid_sample(image, grid, align_corners=False))
+    weight = weights.to(value.dtype).transpose(1, 2).reshape(batch * num_heads, 1, num_queries, -1)
+    output = (torch.cat(samples, -1) * weight).sum(-1)  # (B * M, D, Q)
+    return output.view(batch, num_heads * head_dim, num_queries).transpose(1, 2).contiguous()
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

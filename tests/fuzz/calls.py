@@ -16,22 +16,26 @@ from random import Random
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import seeds
-from conftest import (
+from msda.testing import (
     OPERATOR,
     REFERENCE,
+    TOLERANCES,
+    FusedInputs,
+    Inputs,
     call,
-    compute_gradients,
-    in_float64,
-    names_of,
+    gradient_names,
+    make_fused_inputs,
+    make_inputs,
     random_like_output,
-    to_pixels,
-    with_points,
 )
-from msda.testing import TOLERANCES, FusedInputs, Inputs, make_fused_inputs, make_inputs
-from seeds import Wrong
+
+# After msda, which is another one where sanitizers run.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.fuzz import seeds
+from tests.fuzz.seeds import Wrong
+from tests.helpers.inputs import in_float64, to_pixels, with_points
+from tests.helpers.results import compute_gradients
 
 SPECIALS = (float("nan"), float("inf"), float("-inf"), 0.0)
 FAR_OUTSIDE = 6e4  # a point that no map reaches; float16 holds it
@@ -138,7 +142,7 @@ def make_case(seed: int) -> Case:
             padding=random.random() < 0.5,
         )
     kinds += [form, f"value {str(sizes['dtype']).removeprefix('torch.')}"]
-    names = names_of(inputs)
+    names = gradient_names(inputs)
     if random.random() < 0.4:
         kinds.append("mixed dtypes")
         others = {name: random.choice(list(TOLERANCES)) for name in names if name != "value"}
@@ -221,15 +225,15 @@ def without_edges(inputs: Inputs | FusedInputs) -> Inputs | FusedInputs:
 
 
 def call_functions(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
-    leaves = {name: getattr(case.given, name).detach() for name in names_of(case.given)}
+    tracked = {name: getattr(case.given, name).detach() for name in gradient_names(case.given)}
     for name in case.names:
-        leaves[name].requires_grad_()
-    inputs = replace(case.given, **leaves, spatial_shapes=case.shapes)
+        tracked[name].requires_grad_()
+    inputs = replace(case.given, **tracked, spatial_shapes=case.shapes)
     options = {} if isinstance(inputs, FusedInputs) else {"interpolation": case.interpolation}
     output = call(OPERATOR, inputs, start_index=case.start_index, **options)
     if case.names:
         output.backward(case.grad_output)
-    gradients = {name: leaves[name].grad for name in case.names}
+    gradients = {name: tracked[name].grad for name in case.names}
     if any(gradient is None for gradient in gradients.values()):
         raise Wrong(f"{case.names} must all get a gradient, got {gradients}")
     return output.detach(), gradients
@@ -237,7 +241,7 @@ def call_functions(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
 
 def call_operators(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     """Forward and backward by torch.ops, which take sizes as a list or as a tensor."""
-    given, names = case.given, names_of(case.given)
+    given, names = case.given, gradient_names(case.given)
     fused = isinstance(given, FusedInputs)
     tensor = case.shapes if isinstance(case.shapes, Tensor) else None
     shapes = [] if tensor is not None else [side for pair in case.shapes for side in pair]

@@ -24,13 +24,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import msda
-import seeds
-from conftest import REFERENCE, compute_gradients, names_of, random_like_output
-from msda.testing import FusedInputs, Inputs, make_fused_inputs, make_inputs, relative_error
-from seeds import Wrong
+from msda.testing import (
+    REFERENCE,
+    FusedInputs,
+    Inputs,
+    gradient_names,
+    make_fused_inputs,
+    make_inputs,
+    random_like_output,
+    relative_error,
+)
+
+# After msda, which is another one where sanitizers run.
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.fuzz import seeds
+from tests.fuzz.seeds import Wrong
+from tests.helpers.results import compute_gradients
 
 OUR_REFUSAL = re.compile(r"[a-z_]+ must .+, got .+", re.DOTALL)
 # What the dispatcher says before it comes to us.
@@ -83,7 +94,7 @@ def make_call(random: Random) -> tuple[str, Arguments]:
     if route == "operator":
         return f"torch.ops.msda.{target}", arguments
     arguments["grad_output"] = random_like_output(inputs)
-    names = [name.split("_")[-1] for name in names_of(inputs)]
+    names = [name.split("_")[-1] for name in gradient_names(inputs)]
     short = {"points": "reference"} if fused else {}
     for name in names:
         arguments[f"needs_{short.get(name, name)}"] = random.random() < 0.7
@@ -291,7 +302,7 @@ def require_right(target: str, arguments: Arguments, results: Any) -> None:
     kind = FusedInputs if fused else Inputs
     try:
         inputs = kind(**{name: given.get(name) for name in kind.__dataclass_fields__})
-        exact = {name: getattr(inputs, name).double() for name in names_of(inputs)}
+        exact = {name: getattr(inputs, name).double() for name in gradient_names(inputs)}
         for name, tensor in exact.items():
             setattr(inputs, name, tensor)
         expected = compute_expected(inputs, given, options)
@@ -315,11 +326,11 @@ def require_right(target: str, arguments: Arguments, results: Any) -> None:
 
 def compute_expected(inputs: Any, given: Arguments, options: Arguments) -> list[Tensor | None]:
     """The output, or the gradients with None for those that are not wanted."""
-    from conftest import call as call_either
+    from msda.testing import call as call_either
 
     if "grad_output" not in given:
         return [call_either(REFERENCE, inputs, **options)]
-    names = names_of(inputs)
+    names = gradient_names(inputs)
     needs = [argument for name, argument in given.items() if name.startswith("needs_")]
     wanted = [name for name, needed in zip(names, needs, strict=True) if needed]
     still = "sampling_locations" if options.get("interpolation") == "nearest" else ""

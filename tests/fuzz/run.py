@@ -38,7 +38,7 @@ BUILD = ROOT / "build"
 MOST_FAILURES = 20
 MEMORY_SANITIZERS = "address,undefined,float-cast-overflow"
 # Of the operator, under sanitizers: those that reach its C++ code and not only Python's.
-OPERATOR_TESTS = ("errors", "forward", "backward", "module", "op")
+OPERATOR_TESTS = ("errors", "forward", "backward", "same_bits", "module", "op")
 
 
 @dataclass
@@ -332,8 +332,10 @@ def sanitize(options: argparse.Namespace) -> list[Tally]:
         )
     )
     if not options.quick:
-        paths = [ROOT / "tests" / f"test_{name}.py" for name in OPERATOR_TESTS]
-        tallies.append(run_tests(f"{memory}: tests of the operator", paths, variables))
+        paths = [ROOT / "tests" / "operator" / f"test_{name}.py" for name in OPERATOR_TESTS]
+        arguments, package = ["-m", "not executor", *paths], Path(variables["PYTHONPATH"])
+        what = f"{memory}: tests of the operator"
+        tallies.append(run_tests(what, arguments, variables, package))
         tallies.append(sanitize_cuda_kernels(f"{memory}: CUDA kernels on the CPU"))
     return tallies
 
@@ -373,17 +375,19 @@ def sanitized_library(folder: Path, compiler: str) -> dict[str, str]:
     }
 
 
-def run_tests(what: str, arguments: Sequence[str | Path], variables: dict[str, str]) -> Tally:
-    """Tests in a child process; their number and what failed."""
+def run_tests(
+    what: str, arguments: Sequence[str | Path], variables: dict[str, str], package: Path = ROOT
+) -> Tally:
+    """Tests in a child process, with the msda of ``package``; their number and what failed."""
     tally = Tally(what)
     start = time.monotonic()
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rf", "--tb=short"]
     command += ["-c", ROOT / "pyproject.toml", "--rootdir", ROOT, *arguments]
-    environment = os.environ | variables
+    command += ["-o", "pythonpath="]  # which would come first
     done = subprocess.run(
         list(map(str, command)),
-        env=environment,
-        cwd=environment.get("PYTHONPATH", ROOT),  # the first place that Python imports from
+        env=os.environ | variables | {"PYTHONPATH": f"{package}{os.pathsep}{ROOT}"},
+        cwd=package,
         capture_output=True,
         text=True,
     )
@@ -400,8 +404,8 @@ def run_tests(what: str, arguments: Sequence[str | Path], variables: dict[str, s
 
 def sanitize_cuda_kernels(what: str) -> Tally:
     """All tests of the CUDA kernels that the sanitized executor runs, in its own environment."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import executor
+    sys.path.insert(0, str(ROOT))
+    from tests.helpers import executor
 
     build_executor = ["cmake", "-S", ROOT, "-B", executor.BUILD, "-G", "Ninja"]
     build_executor += ["-DMSDA_CUDA_EXECUTOR=ON", f"-DPython3_EXECUTABLE={sys.executable}"]
@@ -409,8 +413,8 @@ def sanitize_cuda_kernels(what: str) -> Tally:
     target = ["cmake", "--build", executor.BUILD, "--target", "cuda_executor"]
     subprocess.run(target, check=True, capture_output=True)
     variables = executor.sanitized_environment()
-    tests = [ROOT / "tests" / "test_cuda_kernels.py"]
-    return run_tests(what, tests, {name: variables[name] for name in variables})
+    tests = [ROOT / "tests" / "operator", ROOT / "tests" / "cuda" / "test_kernels.py"]
+    return run_tests(what, ["-m", "executor", *tests], variables)
 
 
 # ---- arm -----------------------------------------------------------------------------------------

@@ -1,0 +1,15 @@
+"""The tests, a folder for each subject; the file says in its first line what it holds.
+
+    operator      what the operator computes, on every device, and how PyTorch sees it
+    cuda          the CUDA kernels run on the CPU, their machine code, and what they ask of memory
+    integrations  models and runtimes of others that call the operator
+    detector      the detector of examples/deformable_detr
+    plot          pictures and pages of msda.plot
+    packaging     building, installing, releasing, and what the documents say
+    benchmarks    the programs that measure
+    fuzz          random problems and hostile calls, under sanitizers too
+    helpers       inputs, calls and comparisons that several folders share
+
+Files called conftest.py hold fixtures and hooks; nobody imports them. `make test SUBJECT=operator`
+runs one folder, `make test MARK=executor` what runs the CUDA kernels on the CPU.
+"""
