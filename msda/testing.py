@@ -8,7 +8,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from msda.functional import ms_deform_attn, ms_deform_attn_fused
+from msda.reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
 
 # Encoder of Deformable DETR R50 at 800 x 1333: strides 8, 16, 32, 64 (S = 22 223).
 PAPER_SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
@@ -68,9 +72,70 @@ def map_tensors(inputs: AnyInputs, change: Callable[[Tensor], Tensor]) -> AnyInp
     return replace(inputs, **changed)
 
 
-def leaves(inputs: AnyInputs) -> AnyInputs:
-    """A copy of ``inputs`` whose floating-point tensors are leaves that require a gradient."""
-    return map_tensors(inputs, lambda tensor: tensor.detach().clone().requires_grad_())
+def leaves(inputs: AnyInputs, names: Sequence[str] | None = None) -> AnyInputs:
+    """A copy of ``inputs`` in which the tensors called ``names`` are leaves that require gradients.
+
+    None: all floating-point ones.
+    """
+    if names is None:
+        return map_tensors(inputs, lambda tensor: tensor.detach().clone().requires_grad_())
+    tensors = {name: getattr(inputs, name).detach().clone().requires_grad_() for name in names}
+    return replace(inputs, **tensors)
+
+
+def ours(inputs: Inputs | FusedInputs, **options: Any) -> Tensor:
+    """The operator on ``inputs``, plain or fused: (B, Q, M * D)."""
+    return _call(ms_deform_attn, ms_deform_attn_fused, inputs, options)
+
+
+def reference(inputs: Inputs | FusedInputs, **options: Any) -> Tensor:
+    """The definition on ``inputs``, plain or fused, in plain PyTorch: (B, Q, M * D)."""
+    return _call(ms_deform_attn_reference, ms_deform_attn_fused_reference, inputs, options)
+
+
+def _call(
+    plain: Callable[..., Tensor],
+    fused: Callable[..., Tensor],
+    inputs: Inputs | FusedInputs,
+    options: dict[str, Any],
+) -> Tensor:
+    value, *others = inputs.tensors()
+    arguments = (value, inputs.spatial_shapes, None, *others)
+    options = {"num_points": inputs.num_points, **options}
+    if isinstance(inputs, FusedInputs):
+        return fused(*arguments, **{"padding_mask": inputs.padding_mask, **options})
+    return plain(*arguments, **options)
+
+
+def grid_sample_core(inputs: Inputs) -> Tensor:
+    """The operator by one ``grid_sample`` per level: the fallback of every detection library.
+
+    Unlike ``msda.reference`` it guards against nothing (NaN, far-away locations) and computes
+    everything in the dtype of ``value``: (B, Q, M * D).
+    """
+    value, weights = inputs.value, inputs.attention_weights
+    batch, _, num_heads, head_dim = value.shape
+    num_queries = weights.shape[1]
+    grids = 2 * inputs.sampling_locations.to(value.dtype) - 1
+    counts = inputs.num_points
+    by_level = grids.split(counts, 3) if counts else grids.unbind(3)  # L of (B, Q, M, P, 2)
+    maps = value.split([height * width for height, width in inputs.spatial_shapes], dim=1)
+    samples = []
+    for level, (height, width) in enumerate(inputs.spatial_shapes):
+        image = maps[level].permute(0, 2, 3, 1).reshape(-1, head_dim, height, width)
+        grid = by_level[level].transpose(1, 2).flatten(0, 1)  # (B * M, Q, P, 2)
+        samples.append(F.grid_sample(image, grid, align_corners=False))
+    weight = weights.to(value.dtype).transpose(1, 2).reshape(batch * num_heads, 1, num_queries, -1)
+    output = (torch.cat(samples, -1) * weight).sum(-1)  # (B * M, D, Q)
+    return output.view(batch, num_heads * head_dim, num_queries).transpose(1, 2).contiguous()
+
+
+def random_like_output(inputs: Inputs | FusedInputs, seed: int = 7) -> Tensor:
+    """Random numbers in the shape, dtype and place of the output: what backward starts from."""
+    value, weights = inputs.value, inputs.tensors()[-1]
+    size = (value.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+    random = torch.Generator().manual_seed(seed)
+    return torch.randn(size, generator=random).to(value.device, value.dtype)
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
