@@ -41,12 +41,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-for folder in ("benchmarks", "tests"):
-    sys.path.insert(0, str(ROOT / folder))
-
-from workloads import GPU_WORKLOADS, Workload  # noqa: E402
+for folder in (ROOT, ROOT / "tests"):
+    sys.path.insert(0, str(folder))
 
 import executor  # noqa: E402
+from benchmarks.workloads import GPU_WORKLOADS, Workload  # noqa: E402
 from conftest import names_of, random_like_output  # noqa: E402
 
 BUDGET = Path(__file__).with_suffix(".json")
@@ -145,7 +144,7 @@ def count(
 
 def corners_of(workload: Workload) -> float:
     """Pixels that one sample reads, in the mean."""
-    from roofline import count_reads
+    from benchmarks.common.floors import count_reads
 
     inputs = workload.plain(torch.float32)
     return round(count_reads(inputs).corners / inputs.attention_weights.numel(), 2)

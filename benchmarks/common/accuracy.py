@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from msda.reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
-from msda.testing import TOLERANCES, AnyInputs, FusedInputs, Inputs, map_tensors, relative_error
+from msda.testing import (
+    TOLERANCES,
+    AnyInputs,
+    FusedInputs,
+    Inputs,
+    leaves,
+    map_tensors,
+    random_like_output,
+    reference,
+    relative_error,
+)
 
 # The gradients that training asks for: reference points are given, not learned.
 GRADIENTS = {
@@ -18,23 +28,26 @@ GRADIENTS = {
 }
 POINTS = ("sampling_locations", "sampling_offsets")
 
+Core = Callable[[Any], Tensor]  # computes the operator: inputs, plain or fused, to (B, Q, M * D)
+Limits = Callable[[str], float]  # how far a result may be from the right one, by its name
+
 # Where a coordinate is rounded across the edge of a cell, the gradient of that location is the
 # other cell's: 9e-4 in all with plain float32 coordinates, 3e-3 where one of only 125 000 does.
 POINTS_LIMIT = 5e-3
 
-# What is allowed to others, against the same float64 result. float32: coordinates of some hundred
-# pixels in plain float32 arithmetic. 16 bits: most round the coordinates too, on maps of 200 pixels
-# by up to 0.16 pixels in float16 and 1.7 in bfloat16. Our values are noise from pixel to pixel, so
-# this alone makes 0.03 to 0.08 and 0.3 to 0.9 of the output, and 0.3 and 1.1 of the gradients of
-# locations. What is still refused are zeros (1) and another's numbers (1.4); that a peer is called
-# rightly shows in float32.
-OTHERS_LIMITS = {
+# What is allowed to baselines and peers, against the same float64 result. float32: coordinates of
+# some hundred pixels in plain float32 arithmetic. 16 bits: most round the coordinates too, on maps
+# of 200 pixels by up to 0.16 pixels in float16 and 1.7 in bfloat16. Our values are noise from pixel
+# to pixel, so this alone makes 0.03 to 0.08 and 0.3 to 0.9 of the output, and 0.3 and 1.1 of the
+# gradients of locations. What is still refused are zeros (1) and another's numbers (1.4); that a
+# peer is called rightly shows in float32.
+PEER_LIMITS = {
     torch.float64: 1e-10,
     torch.float32: 1e-4,
     torch.float16: 0.3,
     torch.bfloat16: 0.9,
 }
-OTHERS_POINTS_LIMITS = {
+PEER_POINTS_LIMITS = {
     torch.float64: 1e-10,
     torch.float32: 2e-2,
     torch.float16: 0.6,
@@ -42,31 +55,7 @@ OTHERS_POINTS_LIMITS = {
 }
 
 
-def differentiated(inputs: AnyInputs) -> tuple[Tensor, ...]:
-    """The tensors whose gradients are computed, in the order of ``GRADIENTS``."""
-    return tuple(getattr(inputs, name) for name in GRADIENTS[type(inputs)])
-
-
-def tracked(inputs: AnyInputs) -> AnyInputs:
-    """A copy of ``inputs`` in which the differentiated tensors are leaves that require it."""
-    names = GRADIENTS[type(inputs)]
-    leaves = {name: getattr(inputs, name).detach().clone().requires_grad_() for name in names}
-    return replace(inputs, **leaves)
-
-
-def reference(inputs: Inputs | FusedInputs, **options: object) -> Tensor:
-    """The definition, in plain PyTorch: (B, Q, M * D)."""
-    value, *others = inputs.tensors()
-    arguments = (value, inputs.spatial_shapes, None, *others)
-    if isinstance(inputs, FusedInputs):
-        mask = inputs.padding_mask
-        return ms_deform_attn_fused_reference(
-            *arguments, num_points=inputs.num_points, padding_mask=mask, **options
-        )
-    return ms_deform_attn_reference(*arguments, num_points=inputs.num_points, **options)
-
-
-def queries_at_once(inputs: Inputs | FusedInputs, budget: float) -> int:
+def queries_at_once(inputs: AnyInputs, budget: float) -> int:
     """How many queries the float64 reference may take at once to stay below ``budget`` bytes."""
     batch, _, num_heads, head_dim = inputs.value.shape
     weights = inputs.tensors()[-1]
@@ -88,7 +77,7 @@ def exact_results(
         "output" (B, Q, M * D) and, by the names of ``GRADIENTS``, each gradient.
     """
     names = GRADIENTS[type(inputs)]
-    exact = tracked(map_tensors(inputs, lambda tensor: tensor.detach().double()))
+    exact = leaves(map_tensors(inputs, lambda tensor: tensor.detach().double()), names)
     per_query = [
         name
         for name, tensor in vars(exact).items()
@@ -110,27 +99,17 @@ def exact_results(
     return results
 
 
-def results_of(
-    core: Callable[[AnyInputs], Tensor], inputs: AnyInputs, grad_output: Tensor | None
-) -> dict[str, Tensor]:
+def results_of(core: Core, inputs: AnyInputs, grad_output: Tensor | None) -> dict[str, Tensor]:
     """Output and, where ``grad_output`` is given, gradients of a function under test."""
     if grad_output is None:
         with torch.no_grad():
             return {"output": core(inputs)}
-    inputs = tracked(inputs)
+    names = GRADIENTS[type(inputs)]
+    inputs = leaves(inputs, names)
     output = core(inputs)
-    gradients = torch.autograd.grad(output, differentiated(inputs), grad_output.to(output.dtype))
-    return {"output": output.detach(), **dict(zip(GRADIENTS[type(inputs)], gradients, strict=True))}
-
-
-def assert_agree(
-    one: Callable[[AnyInputs], Tensor], other: Callable[[AnyInputs], Tensor], inputs: AnyInputs
-) -> None:
-    """Outputs and gradients of two functions against each other, within our own limits."""
-    grad_output = torch.randn(one(inputs).shape, generator=torch.Generator().manual_seed(1))
-    results = [results_of(function, inputs, grad_output) for function in (one, other)]
-    wrong = complaint(errors_of(*results), our_limit, inputs.value.dtype)
-    assert wrong is None, wrong
+    tensors = [getattr(inputs, name) for name in names]
+    gradients = torch.autograd.grad(output, tensors, grad_output.to(output.dtype))
+    return {"output": output.detach(), **dict(zip(names, gradients, strict=True))}
 
 
 def errors_of(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
@@ -142,27 +121,39 @@ def errors_of(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> d
     return {name: relative_error(tensor, expected[name]) for name, tensor in actual.items()}
 
 
-def our_limit(name: str, dtype: torch.dtype) -> float:
-    """What our own result called ``name`` may differ by, for values of ``dtype``."""
+def our_limits(dtype: torch.dtype) -> Limits:
+    """What our own results may differ by, for values of ``dtype``."""
     limit = 5 * TOLERANCES[dtype]
-    return max(limit, POINTS_LIMIT) if name in POINTS else limit
+    return lambda name: max(limit, POINTS_LIMIT) if name in POINTS else limit
 
 
-def others_limit(name: str, dtype: torch.dtype) -> float:
-    """What another implementation's result may differ by."""
-    return (OTHERS_POINTS_LIMITS if name in POINTS else OTHERS_LIMITS)[dtype]
+def peer_limits(dtype: torch.dtype) -> Limits:
+    """What the results of baselines and peers may differ by."""
+    return lambda name: (PEER_POINTS_LIMITS if name in POINTS else PEER_LIMITS)[dtype]
 
 
-def complaint(
-    errors: Mapping[str, float], limit: Callable[[str, torch.dtype], float], dtype: torch.dtype
-) -> str | None:
+def complaint(errors: Mapping[str, float], limits: Limits) -> str | None:
     """The first result that differs by more than its limit, in words; None where none does."""
     for name, error in errors.items():
-        allowed = limit(name, dtype)
-        if not error <= allowed:  # NaN is more
-            return f"{_title(name)} must differ by at most {allowed:.1e}, got {error:.1e}"
+        if not error <= limits(name):  # NaN is more
+            return f"{_title(name)} must differ by at most {limits(name):.1e}, got {error:.1e}"
     return None
 
 
+def require(errors: Mapping[str, float], limits: Limits, what: str = "") -> None:
+    """Refuse, by an AssertionError, results that differ by more than their limits."""
+    wrong = complaint(errors, limits)
+    assert wrong is None, f"{what}: {wrong}" if what else wrong
+
+
+def require_agreement(one: Core, other: Core, inputs: Inputs | FusedInputs) -> None:
+    """Refuse two functions whose outputs or gradients differ by more than our own limits."""
+    grad_output = random_like_output(inputs)
+    results = [results_of(core, inputs, grad_output) for core in (one, other)]
+    require(errors_of(*results), our_limits(inputs.value.dtype))
+
+
 def _title(name: str) -> str:
-    return name if name == "output" else f"grad_{name}"
+    """A gradient is called after its argument; what is not an argument keeps its name."""
+    arguments = {argument for names in GRADIENTS.values() for argument in names}
+    return f"grad_{name}" if name in arguments else name

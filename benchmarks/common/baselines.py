@@ -1,4 +1,4 @@
-"""Ours, and what users run today, to be measured against it."""
+"""What users run where they have no compiled operator: the grid_sample core, in several forms."""
 
 from __future__ import annotations
 
@@ -6,51 +6,10 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch import config as functorch
 
-import msda
-from msda.testing import AnyInputs, FusedInputs, Inputs, map_tensors
-
-
-def ours(inputs: Inputs) -> Tensor:
-    """The operator. (B, Q, M * D)."""
-    value, locations, weights = inputs.tensors()
-    return msda.ms_deform_attn(
-        value, inputs.spatial_shapes, None, locations, weights, num_points=inputs.num_points
-    )
-
-
-def ours_fused(inputs: FusedInputs) -> Tensor:
-    """The fused operator. (B, Q, M * D)."""
-    value, *others = inputs.tensors()
-    return msda.ms_deform_attn_fused(
-        value, inputs.spatial_shapes, None, *others, num_points=inputs.num_points
-    )
-
-
-def grid_sample_core(inputs: Inputs) -> Tensor:
-    """The operator by one ``grid_sample`` per level: the fallback of every detection library.
-
-    Unlike ``msda.reference`` it guards against nothing (NaN, far-away locations) and computes
-    everything in the dtype of its inputs; :func:`in_float32` for 16 bits on a CPU. (B, Q, M * D).
-    """
-    value, weights = inputs.value, inputs.attention_weights
-    batch, _, num_heads, head_dim = value.shape
-    num_queries = weights.shape[1]
-    grids = 2 * inputs.sampling_locations.to(value.dtype) - 1
-    counts = inputs.num_points
-    by_level = grids.split(counts, 3) if counts else grids.unbind(3)  # L of (B, Q, M, P, 2)
-    maps = value.split([height * width for height, width in inputs.spatial_shapes], dim=1)
-    samples = []
-    for level, (height, width) in enumerate(inputs.spatial_shapes):
-        image = maps[level].permute(0, 2, 3, 1).reshape(-1, head_dim, height, width)
-        grid = by_level[level].transpose(1, 2).flatten(0, 1)  # (B * M, Q, P, 2)
-        samples.append(F.grid_sample(image, grid, align_corners=False))
-    weight = weights.to(value.dtype).transpose(1, 2).reshape(batch * num_heads, 1, num_queries, -1)
-    output = (torch.cat(samples, -1) * weight).sum(-1)  # (B * M, D, Q)
-    return output.view(batch, num_heads * head_dim, num_queries).transpose(1, 2).contiguous()
+from msda.testing import AnyInputs, FusedInputs, Inputs, grid_sample_core, map_tensors
 
 
 def in_float32(core: Callable[[AnyInputs], Tensor]) -> Callable[[AnyInputs], Tensor]:
@@ -67,7 +26,7 @@ def in_float32(core: Callable[[AnyInputs], Tensor]) -> Callable[[AnyInputs], Ten
 
 
 class GridSampleCore(nn.Module):
-    """The baseline as a module of tensors alone: what compilers and exporters take."""
+    """The core as a module of tensors alone: what compilers and exporters take."""
 
     def __init__(self, spatial_shapes: list[tuple[int, int]]) -> None:
         super().__init__()
@@ -78,13 +37,6 @@ class GridSampleCore(nn.Module):
         return grid_sample_core(Inputs(value, self.spatial_shapes, locations, weights))
 
 
-def compiled(function: Callable[..., Tensor], threads: int) -> Callable[..., Tensor]:
-    """A function under torch.compile, for fixed sizes and so many threads."""
-    # The number of threads becomes a part of the code, and this option one of its key in the cache.
-    options = {"cpp.threads": threads}
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
-
-
 def compiled_core(
     spatial_shapes: list[tuple[int, int]], threads: int
 ) -> Callable[[Inputs], Tensor]:
@@ -92,7 +44,11 @@ def compiled_core(
     # Backward is timed again and again on one graph, whose tensors it must therefore not overwrite.
     functorch.donated_buffer = False
     torch.compiler.reset()  # else each size and number of threads counts as a recompilation
-    core = compiled(GridSampleCore(spatial_shapes), threads)
+    # The number of threads becomes a part of the code, and this option one of its key in the cache.
+    options = {"cpp.threads": threads}
+    core = torch.compile(
+        GridSampleCore(spatial_shapes), fullgraph=True, dynamic=False, options=options
+    )
     return lambda inputs: core(*inputs.tensors())
 
 

@@ -11,49 +11,29 @@ library; what it is, is told by what it holds:
 - ``FlashDeformAttnFunction``: DCNv4, which takes logits and is therefore compared as a fused one.
 
 A peer that is missing, does not run here, or computes something else is listed with the reason.
-
-Two are CUDA sources that today's torch no longer compiles as they are. Given a checkout of theirs,
-they are copied, names that torch has changed since are replaced, and the result is built for the
-present GPU (TORCH_CUDA_ARCH_LIST, for another):
-
-    python benchmarks/peers.py build original Deformable-DETR/models/ops out/peers
-    python benchmarks/peers.py build DCNv4 DCNv4/DCNv4_op out/peers
-
-Each prints what to hand to the benchmarks. Others need no build: msda-triton's is a package of
-Python, mmcv's an installed one.
-
-    make gpu GPU_OPTIONS="--peer original=out/peers/original/MultiScaleDeformableAttention.so
-        --peer DCNv4=out/peers/DCNv4/DCNv4/__init__.py
-        --peer msda-triton=msda-triton/src/msda_triton/__init__.py --peer mmcv=mmcv._ext"
-
-(all in one line). A build needs no GPU where TORCH_CUDA_ARCH_LIST says for which one it is, such as
-9.0; DCNv4's takes minutes.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
-import importlib.machinery
 import importlib.util
 import inspect
-import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accuracy import complaint, errors_of, exact_results, others_limit, results_of
-from baselines import after_prologue, prologue
 from torch import Tensor, nn
 
-from msda.testing import FusedInputs, Inputs, make_fused_inputs, map_tensors
+from benchmarks.common.accuracy import complaint, errors_of, exact_results, peer_limits, results_of
+from benchmarks.common.baselines import after_prologue, prologue
+from benchmarks.common.harness import ROOT, python_call
+from msda.testing import FusedInputs, Inputs, make_fused_inputs, map_tensors, random_like_output
 
 # Looked for where no other is named: label, and what to import.
 KNOWN = {
@@ -68,48 +48,6 @@ KNOWN = {
 IM2COL_STEP = 64  # the original's default; images that one of its launches handles
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How to build a peer from its sources."""
-
-    module: str  # the compiled one
-    sources: tuple[str, ...]
-    copied: tuple[str, ...]  # folders
-    result: str  # what names the peer, within the copy
-
-
-RECIPES = {
-    "original": Recipe(
-        "MultiScaleDeformableAttention",
-        ("src/vision.cpp", "src/cpu/ms_deform_attn_cpu.cpp", "src/cuda/ms_deform_attn_cuda.cu"),
-        ("src",),
-        "MultiScaleDeformableAttention.so",
-    ),
-    "DCNv4": Recipe(
-        "ext",
-        ("src/vision.cpp", "src/cuda/dcnv4_cuda.cu", "src/cuda/flash_deform_attn_cuda.cu"),
-        ("src", "DCNv4"),
-        "DCNv4/__init__.py",
-    ),
-}
-
-# Of names that torch had when these were written, what it has today.
-REPLACEMENTS = {
-    r"<THC/THCAtomics\.cuh>": "<ATen/cuda/Atomic.cuh>",
-    r"\.type\(\)\.is_cuda\(\)": ".is_cuda()",
-    r"\.type\(\)": ".scalar_type()",
-    r"\.data<(\w+)>\(\)": r".data_ptr<\1>()",
-}
-# As their own setup scripts have them.
-NVCC_FLAGS = [
-    "-O3",
-    "-DCUDA_HAS_FP16=1",
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-]
-
-
 class PeerError(Exception):
     """Why a peer is not compared."""
 
@@ -122,6 +60,7 @@ class Peer:
     kind: str
     plain: Callable[[Inputs], Tensor] | None
     fused: Callable[[FusedInputs], Tensor] | None
+    what: str = ""  # it is named by
 
 
 # ---- finding -------------------------------------------------------------------------------------
@@ -146,7 +85,7 @@ def load(what: str) -> Any:
         try:
             return importlib.import_module(what)
         except Exception as error:  # whatever a stranger's import raises
-            raise PeerError(f"importing it failed: {_in_a_line(error)}") from error
+            raise PeerError(f"importing it failed: {in_a_line(error)}") from error
     path = Path(what)
     if not path.exists():
         raise PeerError(f"there is no file {what}")
@@ -166,10 +105,10 @@ def load(what: str) -> Any:
         return module
     except ImportError as error:
         if "PyInit" not in str(error) and "init function" not in str(error):
-            raise PeerError(f"loading it failed: {_in_a_line(error)}") from error
+            raise PeerError(f"loading it failed: {in_a_line(error)}") from error
         return load_operators(path)
     except Exception as error:
-        raise PeerError(f"loading it failed: {_in_a_line(error)}") from error
+        raise PeerError(f"loading it failed: {in_a_line(error)}") from error
 
 
 def load_operators(path: Path) -> Any:
@@ -182,7 +121,7 @@ def load_operators(path: Path) -> Any:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise PeerError(f"loading it failed: {_in_a_line(error)}") from error
+        raise PeerError(f"loading it failed: {in_a_line(error)}") from error
     functions = {}
     for qualified in registered() - before:
         namespace, name = qualified.split("::")
@@ -222,44 +161,6 @@ def _holders(module: Any) -> list[Any]:
         if holder is not None:
             holders.append(holder)
     return holders
-
-
-# ---- building ------------------------------------------------------------------------------------
-
-
-def build(name: str, source: Path, output: Path) -> Path:
-    """Build a peer of RECIPES from its sources; what names it.
-
-    Raises:
-        PeerError: a source is not where it should be.
-    """
-    recipe = RECIPES[name]
-    for part in (*recipe.copied, *recipe.sources):
-        if not (source / part).exists():
-            raise PeerError(f"the sources of {name} must hold {part}, got none in {source}")
-    folder = output / name
-    for part in recipe.copied:
-        shutil.copytree(source / part, folder / part, dirs_exist_ok=True)
-    for path in folder.rglob("*"):
-        if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
-            text = path.read_text()
-            for old, new in REPLACEMENTS.items():
-                text = re.sub(old, new, text)
-            path.write_text(text)
-    target = folder / recipe.result
-    from torch.utils.cpp_extension import load as compile_extension
-
-    compile_extension(
-        recipe.module,
-        [str(folder / part) for part in recipe.sources],
-        extra_include_paths=[str(folder / "src")],
-        extra_cflags=["-O3", "-DWITH_CUDA"],
-        extra_cuda_cflags=["-DWITH_CUDA", *NVCC_FLAGS],
-        build_directory=str(target.parent),
-        with_cuda=True,
-        verbose=True,
-    )
-    return target
 
 
 # ---- calling -------------------------------------------------------------------------------------
@@ -398,16 +299,15 @@ def check(peer: Peer, device: str) -> None:
         core: Any = peer.fused
         if peer.plain is not None:
             core, inputs = peer.plain, prologue(inputs)
-        grad_output = torch.randn(2, 37, 256, generator=torch.Generator().manual_seed(1))
-        grad_output = grad_output.to(device, dtype)
+        grad_output = random_like_output(inputs)
         try:
             results = results_of(core, inputs, grad_output)
         except Exception as error:  # whatever a stranger's code raises
-            failures.append(f"{dtype}: {_in_a_line(error)}".removeprefix("torch."))
+            failures.append(f"{dtype}: {in_a_line(error)}".removeprefix("torch."))
             continue
         try:
             errors = errors_of(results, exact_results(inputs, grad_output))
-            wrong = complaint(errors, others_limit, dtype)
+            wrong = complaint(errors, peer_limits(dtype))
         except ValueError as error:
             wrong = str(error)
         if wrong is None:
@@ -426,7 +326,26 @@ def find(label: str, what: str, device: str) -> Peer:
         _try_in_another_process(what, device)
     else:
         raise PeerError("not installed")
-    return recognise(label, load(what))
+    return replace(recognise(label, load(what)), what=what)
+
+
+def find_named(wanted: Sequence[str], device: str) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that compute the operator here; and the reason for each other one.
+
+    Args:
+        wanted: each the label of a known one or ``[LABEL=]WHAT``; none: all known. "none": no peer.
+        device: "cpu" or "cuda".
+    """
+    found, missing = [], {}
+    for one in wanted or KNOWN:
+        if one == "none":
+            continue
+        label, what = (one, KNOWN[one]) if one in KNOWN else split_label(one)
+        try:
+            found.append(find(label, what, device))
+        except PeerError as error:
+            missing[label] = str(error)
+    return found, missing
 
 
 def _is_installed(name: str) -> bool:
@@ -438,9 +357,10 @@ def _is_installed(name: str) -> bool:
 
 def _try_in_another_process(what: str, device: str, limit: float = 120) -> None:
     """Check a peer where a crash, or an error that a GPU does not recover from, harms nobody."""
-    command = [sys.executable, __file__, "check", what, "--device", device]
+    place = Path(what).resolve() if is_file(what) else what
+    command = python_call("benchmarks.common.peers", "check_named", place, device)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
         raise PeerError(f"it did not finish a small problem within {limit:.0f} s") from None
     if done.returncode == 1 and done.stdout.strip():
@@ -450,41 +370,16 @@ def _try_in_another_process(what: str, device: str, limit: float = 120) -> None:
         raise PeerError(f"its process ended with status {done.returncode}: {last}")
 
 
-def _in_a_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
-def main() -> int:
-    """Check one peer: nothing to say and status 0, or the reason and status 1. Or build one."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    checking = commands.add_parser("check", help="whether a peer computes the operator")
-    checking.add_argument("what", help="what can be imported, or a .py or .so file")
-    checking.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    building = commands.add_parser("build", help="compile a peer's CUDA sources")
-    building.add_argument("name", choices=RECIPES)
-    building.add_argument("source", type=Path, help="the folder that holds its src")
-    building.add_argument("output", type=Path, help="where to, in a folder of its name")
-    options = parser.parse_args()
+def check_named(what: str, device: str) -> None:
+    """End this process with the reason, printed, and status 1 where a peer cannot be compared."""
     try:
-        if options.command == "build":
-            target = build(options.name, options.source, options.output)
-            print(f"--peer {options.name}={target}")
-        else:
-            check(recognise(*_with_module(options.what)), options.device)
+        check(recognise(what, load(what)), device)
     except PeerError as error:
         print(error)
-        return 1
-    return 0
+        sys.exit(1)
 
 
-def _with_module(what: str) -> tuple[str, Any]:
-    label, name = split_label(what)
-    return label, load(name)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def in_a_line(error: BaseException) -> str:
+    """An error as the reason why a peer is not compared."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."

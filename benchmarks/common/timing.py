@@ -1,36 +1,30 @@
-"""What the benchmarks share: calls, timing, peak memory and the description of the machine.
+"""Calls to time, timers, and peak memory.
 
-Times are seconds. Rivals are timed in turn in one process, so that whatever slows the machine slows
-all of them; what is reported are medians and their ratios.
+Times are seconds. Sides are timed in turn in one process, so that whatever slows the machine slows
+all of them; what is recorded are medians with their quartiles, and ratios of medians.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import platform
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from accuracy import differentiated, tracked
 from torch import Tensor
 
-import msda
-from msda.testing import AnyInputs
+from benchmarks.common.accuracy import GRADIENTS, Core
+from msda.testing import FusedInputs, Inputs, leaves, random_like_output
 
-ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[[], object]
 
 # ---- calls to time -------------------------------------------------------------------------------
 
 
-def forward_of(core: Callable[[AnyInputs], Tensor], inputs: AnyInputs) -> Run:
+def forward_of(core: Core, inputs: Inputs | FusedInputs) -> Run:
     """One forward call without autograd."""
 
     def run() -> Tensor:
@@ -40,17 +34,19 @@ def forward_of(core: Callable[[AnyInputs], Tensor], inputs: AnyInputs) -> Run:
     return run
 
 
-def backward_of(
-    core: Callable[[AnyInputs], Tensor], inputs: AnyInputs, grad_output: Tensor | None = None
-) -> Run:
+def backward_of(core: Core, inputs: Inputs | FusedInputs) -> Run:
     """One backward call alone: all gradients (``accuracy.GRADIENTS``) of a graph that is kept."""
-    inputs = tracked(inputs)
+    names = GRADIENTS[type(inputs)]
+    inputs = leaves(inputs, names)
     output = core(inputs)
-    if grad_output is None:
-        grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(1))
-    grad_output = grad_output.to(output.device, output.dtype)
-    tensors = differentiated(inputs)
+    grad_output = random_like_output(inputs).to(output.dtype)
+    tensors = [getattr(inputs, name) for name in names]
     return lambda: torch.autograd.grad(output, tensors, grad_output, retain_graph=True)
+
+
+def call_of(direction: str, core: Core, inputs: Inputs | FusedInputs) -> Run:
+    """The call of a direction: one that ends in "backward", or a forward one."""
+    return (backward_of if direction.endswith("backward") else forward_of)(core, inputs)
 
 
 # ---- timing --------------------------------------------------------------------------------------
@@ -96,11 +92,11 @@ class CpuTimer:
 class SettledTimer(CpuTimer):
     """Times a short call after one that is not timed.
 
-    Each rival has threads of its own. Those of the last one may still be waiting busily for more,
+    Each side has threads of its own. Those of the last one may still be waiting busily for more,
     and the caches hold its memory.
     """
 
-    SHORT = 0.1  # seconds; what the threads of one rival leave to the next is over long before
+    SHORT = 0.1  # seconds; what the threads of one side leave to the next is over long before
 
     def lead(self, run: Run) -> float:
         """How long the call takes, by which it counts as short; see :class:`Timer`."""
@@ -184,7 +180,7 @@ def make_timer(device: str) -> Timer:
 
 
 def take_turns(
-    timer: Timer, runs: Mapping[str, Run], *, cold: bool, budget: float, least: int = 5
+    timer: Timer, runs: Mapping[str, Run], *, budget: float, cold: bool = False, least: int = 5
 ) -> dict[str, list[float]]:
     """Time every call in turn, for about ``budget`` seconds: ``least`` to 30 rounds."""
     leads = {name: timer.lead(run) for name, run in runs.items()}
@@ -203,11 +199,20 @@ def median(samples: Sequence[float]) -> float:
 
 
 def quartiles(samples: Sequence[float]) -> list[float]:
-    """The lower and the upper quartile: how far the medians of two runs may lie apart."""
+    """The lower and the upper quartile: how far single calls lie apart."""
     if len(samples) < 2:
         return [samples[0], samples[0]]
     lower, _, upper = statistics.quantiles(samples, n=4, method="inclusive")
     return [lower, upper]
+
+
+def summary(samples: Sequence[float], prefix: str = "") -> dict[str, Any]:
+    """What a record holds of times: median and quartiles in milliseconds, and their number."""
+    return {
+        f"{prefix}ms": median(samples) * 1e3,
+        f"{prefix}quartiles_ms": [quartile * 1e3 for quartile in quartiles(samples)],
+        f"{prefix}rounds": len(samples),
+    }
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -247,67 +252,3 @@ def peak_extra_memory(run: Run, device: str = "cpu") -> int:
             held += event.nbytes()
             peak = max(peak, held)
     return peak
-
-
-# ---- the machine ---------------------------------------------------------------------------------
-
-
-def output_of(*command: str) -> str:
-    """What a command prints, or nothing where it fails or is missing."""
-    if shutil.which(command[0]) is None:
-        return ""
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def commit() -> str:
-    """The commit of this checkout, marked where files differ from it; MSDA_COMMIT where given."""
-    told = os.environ.get("MSDA_COMMIT")
-    return told or output_of("git", "describe", "--always", "--dirty") or "unknown"
-
-
-def cpu_name() -> str:
-    """The model of the processor, with its numbers: virtual machines give many the same name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
-        told = {name.strip(): text.strip() for name, text in reversed(lines)}
-        if "model name" in told and "model" in told:
-            numbers = f"family {told.get('cpu family')}, model {told['model']}"
-            return f"{told['model name']} ({numbers})"
-    return platform.processor() or platform.machine()
-
-
-def cpu_machine() -> dict[str, object]:
-    """What CPU figures were measured on and with."""
-    return {
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "msda": msda.__version__,
-        "commit": commit(),
-        "cpu_capability": msda.info()["cpu_capability"],
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def gpu_machine(device: str) -> dict[str, object]:
-    """What GPU figures were measured on and with; of "cpu" where the harness itself is tried."""
-    about: dict[str, object] = {"device": "cpu"}
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        query = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        about = {
-            "device": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "l2_bytes": properties.L2_cache_size,
-            "driver": (output_of(*query).splitlines() or ["unknown"])[0],
-        }
-    return about | {
-        "cuda": torch.version.cuda,
-        "cuda_architectures": msda.info()["cuda_architectures"],
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        **cpu_machine(),
-    }

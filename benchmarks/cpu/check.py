@@ -1,4 +1,4 @@
-"""Hold speed against the committed ratios: ``make bench-check``; fails where it has got worse.
+"""Hold speed on a CPU against the committed ratios; fail where it has got worse.
 
 Compared are ratios within one run, never times: ours against the grid_sample core, the fused call
 against the unfused one, 16 bits against 32, a call on one query against an operator of PyTorch's on
@@ -11,32 +11,39 @@ A ratio may be lower than the committed one by ``MARGIN``. One that is lower is 
 and narrow enough for what this is to notice: a kernel that is no longer vectorised, a copy or a
 check that was added to every call.
 
-    python benchmarks/bench_check.py                  two minutes
-    python benchmarks/bench_check.py --thorough       more time for each ratio, half the margin
-    python benchmarks/bench_check.py --thorough --write    commit what comes as the new ratios
+    python -m benchmarks check                       two minutes
+    python -m benchmarks check --thorough            more time for each ratio, half the margin
+    python -m benchmarks check --thorough --write    commit what comes as the new ratios
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accuracy import assert_agree
-from baselines import after_prologue, grid_sample_core, ours, ours_fused
-from measure import Run, backward_of, cpu_machine, forward_of, seconds
-from records import Deadline, table_line, write_json
 
-import msda
-from msda.testing import FusedInputs, Inputs, leaves, make_fused_inputs, make_inputs, map_tensors
+from benchmarks.common.accuracy import require_agreement
+from benchmarks.common.baselines import after_prologue
+from benchmarks.common.harness import RESULTS, Deadline, Table, write_json
+from benchmarks.common.machine import describe_machine, require_kernels
+from benchmarks.common.timing import Run, call_of, seconds
+from msda.testing import (
+    FusedInputs,
+    Inputs,
+    grid_sample_core,
+    leaves,
+    make_fused_inputs,
+    make_inputs,
+    map_tensors,
+    ours,
+)
 
-COMMITTED = Path(__file__).resolve().parent / "results" / "check.json"
+COMMITTED = RESULTS / "check.json"
 MARGIN = 0.4  # of the committed ratio that may be missing
 THOROUGH_MARGIN = 0.2
 SECONDS, THOROUGH_SECONDS = 4.0, 15.0  # for each ratio and attempt
@@ -49,10 +56,10 @@ NUM_QUERIES = 300
 
 @dataclass(frozen=True)
 class Pair:
-    """The two sides of a ratio: time of ``base`` over time of ``ours``."""
+    """The two sides of a ratio: time of ``baseline`` over time of ``ours``."""
 
     ours: Run
-    base: Run
+    baseline: Run
     calls: int = 1  # of each in a row, where one is too short for the clock
 
 
@@ -64,23 +71,24 @@ def decoder() -> Inputs:
     return make_inputs(SHAPES, locations="clustered", num_queries=NUM_QUERIES)
 
 
-def against_core(make: Callable[..., Run], inputs: Inputs) -> Pair:
+def against_core(direction: str, inputs: Inputs) -> Pair:
     """Ours against the grid_sample core."""
-    assert_agree(ours, grid_sample_core, inputs)
-    return Pair(make(ours, inputs), make(grid_sample_core, inputs))
+    require_agreement(ours, grid_sample_core, inputs)
+    return Pair(call_of(direction, ours, inputs), call_of(direction, grid_sample_core, inputs))
 
 
-def against_unfused(make: Callable[..., Run], inputs: FusedInputs) -> Pair:
+def against_unfused(direction: str, inputs: FusedInputs) -> Pair:
     """The fused call against our own after locations and softmax by PyTorch."""
     unfused = after_prologue(ours)
-    assert_agree(ours_fused, unfused, inputs)
-    return Pair(make(ours_fused, inputs), make(unfused, inputs))
+    require_agreement(ours, unfused, inputs)
+    return Pair(call_of(direction, ours, inputs), call_of(direction, unfused, inputs))
 
 
-def sixteen_bits(make: Callable[..., Run], dtype: torch.dtype) -> Pair:
+def sixteen_bits(direction: str, dtype: torch.dtype) -> Pair:
     """16-bit values against float32 ones."""
     inputs = encoder(dtype)
-    return Pair(make(ours, inputs), make(ours, map_tensors(inputs, lambda tensor: tensor.float())))
+    in_float32 = map_tensors(inputs, lambda tensor: tensor.float())
+    return Pair(call_of(direction, ours, inputs), call_of(direction, ours, in_float32))
 
 
 def small_call(backward: bool) -> Pair:
@@ -89,12 +97,12 @@ def small_call(backward: bool) -> Pair:
     image = torch.rand(1, 4, 3, 4, requires_grad=True)
     grid = torch.rand(1, 1, 1, 2, requires_grad=True)
 
-    def base() -> Any:
+    def baseline() -> Any:
         return F.grid_sample(image, grid, align_corners=False)
 
     if not backward:
-        return Pair(lambda: ours(inputs), base, calls=100)
-    results = [ours(inputs), base()]
+        return Pair(lambda: ours(inputs), baseline, calls=100)
+    results = [ours(inputs), baseline()]
     gradients = [torch.ones_like(result) for result in results]
     tensors = [inputs.tensors(), (image, grid)]
 
@@ -107,15 +115,15 @@ def small_call(backward: bool) -> Pair:
 
 
 PAIRS: dict[str, Callable[[], Pair]] = {
-    "encoder, forward": lambda: against_core(forward_of, encoder()),
-    "encoder, backward": lambda: against_core(backward_of, encoder()),
-    "decoder, forward": lambda: against_core(forward_of, decoder()),
-    "decoder, backward": lambda: against_core(backward_of, decoder()),
-    "fused encoder, forward": lambda: against_unfused(forward_of, make_fused_inputs(SHAPES)),
-    "fused encoder, backward": lambda: against_unfused(backward_of, make_fused_inputs(SHAPES)),
-    "encoder, forward, bfloat16": lambda: sixteen_bits(forward_of, torch.bfloat16),
-    "encoder, backward, bfloat16": lambda: sixteen_bits(backward_of, torch.bfloat16),
-    "encoder, forward, float16": lambda: sixteen_bits(forward_of, torch.float16),
+    "encoder, forward": lambda: against_core("forward", encoder()),
+    "encoder, backward": lambda: against_core("backward", encoder()),
+    "decoder, forward": lambda: against_core("forward", decoder()),
+    "decoder, backward": lambda: against_core("backward", decoder()),
+    "fused encoder, forward": lambda: against_unfused("forward", make_fused_inputs(SHAPES)),
+    "fused encoder, backward": lambda: against_unfused("backward", make_fused_inputs(SHAPES)),
+    "encoder, forward, bfloat16": lambda: sixteen_bits("forward", torch.bfloat16),
+    "encoder, backward, bfloat16": lambda: sixteen_bits("backward", torch.bfloat16),
+    "encoder, forward, float16": lambda: sixteen_bits("forward", torch.float16),
     "call on one query, forward": lambda: small_call(backward=False),
     "call on one query, backward": lambda: small_call(backward=True),
 }
@@ -129,13 +137,13 @@ def fastest(run: Run, calls: int) -> float:
 def measure(pair: Pair, budget: float) -> float:
     """The ratio of the two sides' fastest calls, within so many seconds."""
     deadline = Deadline(budget / 60)
-    best = {"ours": float("inf"), "base": float("inf")}
+    best = {"ours": float("inf"), "baseline": float("inf")}
     rounds = 0
     while rounds < 2 or deadline.left() > 0:
         for side in best:
             best[side] = min(best[side], fastest(getattr(pair, side), pair.calls))
         rounds += 1
-    return best["base"] / best["ours"]
+    return best["baseline"] / best["ours"]
 
 
 def judge(name: str, committed: float | None, budget: float, margin: float) -> dict[str, Any]:
@@ -148,18 +156,17 @@ def judge(name: str, committed: float | None, budget: float, margin: float) -> d
     return {"ratio": max(ratios), "attempts": len(ratios), "least": least}
 
 
-def main() -> int:
-    """Measure every ratio; 1 where one has got worse."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--thorough", action="store_true", help="more time, half the margin")
     parser.add_argument("--write", action="store_true", help=f"write {COMMITTED.name}")
-    options = parser.parse_args()
-    assert msda.info()["backend"] == "native", msda.info()["backend_reason"]
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure every ratio; 1 where one has got worse."""
+    require_kernels()
     torch.set_num_threads(1)
 
-    machine = cpu_machine()
+    machine = describe_machine()
     kind = f"{machine['cpu']}, {machine['cpu_capability']}"
     everything = json.loads(COMMITTED.read_text()) if COMMITTED.exists() else {}
     # Ratios may be committed under the name alone, from before processors were named by numbers.
@@ -170,8 +177,7 @@ def main() -> int:
     if not committed:
         print(f"{COMMITTED.name} holds no ratios of {kind}: measured, not judged.")
 
-    widths = (-30, 11, 9, 9, 10)
-    print("\n" + table_line(("ratio", "committed", "least", "now", ""), widths))
+    table = Table({"ratio": -30, "committed": 11, "least": 9, "now": 9, "verdict": 10})
     ratios, worse = {}, []
     for name in PAIRS:
         before = committed.get(name)
@@ -184,7 +190,7 @@ def main() -> int:
         if verdict == "WORSE":
             worse.append(name)
         known = ("-", "-") if before is None else (f"{before:.2f}x", f"{found['least']:.2f}x")
-        print(table_line((name, *known, f"{found['ratio']:.2f}x", verdict), widths), flush=True)
+        table.add(name, *known, f"{found['ratio']:.2f}x", verdict)
 
     if options.write:
         write_json(COMMITTED, everything | {kind: {"machine": machine, "ratios": ratios}})
@@ -196,7 +202,3 @@ def main() -> int:
             f"committed one, were less in each of {ATTEMPTS} attempts: {'; '.join(worse)}"
         )
     return int(bool(worse))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,7 +2,7 @@
 
     build     build msda with CUDA kernels for this GPU, and run each form of them once
     test      the whole test suite on the GPU
-    bench     the operator against PyTorch and every peer found (bench_gpu.py)
+    bench     the operator against PyTorch and every peer found (operator.py)
     micro     micro-benchmarks of the hardware (micro.cu): what a reduction costs, gathers, ceilings
     orders    our kernels with their work in other orders (orders.cu): heads in a tile, split
     sanitize  compute-sanitizer over each form of the kernels (every_form.py)
@@ -10,9 +10,9 @@
 
 Needs a Python with torch >= 2.10, pytest and hypothesis, and nvcc, CMake and Ninja. Every part ends
 within its time limit, does the most important first and writes results as it goes, to
-benchmarks/results/<device>/cuda_*.json. Peers that must be built first: see peers.py. Where the
-checkout is no git repository, MSDA_COMMIT says what it is. ``--device cpu --smoke`` tries the parts
-without a GPU.
+benchmarks/results/<device>/cuda_*.json. Peers that must be built first: see build_peer.py. Where
+the checkout is no git repository, MSDA_COMMIT says what it is. ``--device cpu --quick`` tries the
+parts without a GPU.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from records import Deadline, write_json
+
+from benchmarks.common.harness import RESULTS, ROOT, Deadline, Table, make_record, write_json
 
 FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parent
 PARTS = ("build", "test", "bench", "micro", "orders", "sanitize")
 OLDEST_SETUPTOOLS = 77  # pyproject.toml says so too
+EVERY_FORM = [sys.executable, "-m", "benchmarks.gpu.every_form"]
 GRACE = 30  # seconds beyond its limit after which a part is ended
 
 
@@ -137,27 +138,19 @@ def compile_cuda(source: str, folder: Path, deadline: Deadline) -> Path:
     return program
 
 
+# Options that leave out a part of a part.
+SELECTING = {"test": ("file",), "bench": ("workload", "dtype", "direction"), "sanitize": ("tool",)}
+
+
 def results_folder(options: argparse.Namespace) -> Path:
     """Where results go: a folder per device; for trials and for parts of a part, none to commit."""
     if options.results is not None:
         return options.results
-    chosen = ("file", "tool", "workload", "dtype", "direction")
-    is_partial = any(getattr(options, name, None) for name in chosen)
-    if options.device == "cpu" or options.smoke or is_partial:
+    is_partial = any(getattr(options, name) for name in SELECTING.get(options.part, ()))
+    if options.device == "cpu" or options.quick or is_partial:
         return ROOT / "out" / "gpu"
     name = torch.cuda.get_device_name()
-    return FOLDER / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def head(options: argparse.Namespace) -> dict[str, Any]:
-    """What every result file begins with."""
-    from measure import gpu_machine
-
-    return {
-        "machine": gpu_machine(options.device),
-        "command": options.command,
-        "smoke": options.smoke,
-    }
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 # ---- build ---------------------------------------------------------------------------------------
@@ -200,40 +193,26 @@ def build(options: argparse.Namespace) -> int:
     native = environment(MSDA_BACKEND="native")
     if run(about, deadline.left(), env=native) != 0:
         return 1
-    forms = [sys.executable, str(FOLDER / "every_form.py"), "--device", options.device, "--brief"]
+    forms = [*EVERY_FORM, "--device", options.device, "--brief"]
     return int(run(forms, deadline.left(), env=native) != 0)
 
 
 # ---- test ----------------------------------------------------------------------------------------
 
-# The most telling first; the files not named here follow.
-TEST_FILES = (
-    "test_forward.py",
-    "test_backward.py",
-    "test_cuda.py",
-    "test_op.py",
-    "test_module.py",
-    "test_errors.py",
-    "test_large.py",
-)
-# Of the harness, of the build, and of CUDA kernels that run on the CPU.
-OTHER_TEST_FILES = (
-    "test_gpu_tools.py",
-    "test_bench_*.py",
-    "test_build.py",
-    "test_machine_code.py",
-    "test_cuda_*.py",
-)
+# The most telling first; those not named here follow.
+FIRST_TESTS = ("forward", "backward", "cuda", "op", "module", "errors", "large")
+# Of the build and the machine code, and of CUDA kernels that run on the CPU.
+OTHER_TESTS = ("test_build.py", "test_machine_code.py", "test_cuda_*.py", "test_bench_*.py")
 
 
 def test_files() -> list[Path]:
     """The test files that have cases on a device, the most telling first."""
     found = {
-        path.name: path
-        for path in sorted((ROOT / "tests").glob("test_*.py"))
-        if not any(path.match(pattern) for pattern in OTHER_TEST_FILES)
+        path.stem.removeprefix("test_"): path
+        for path in sorted((ROOT / "tests").rglob("test_*.py"))
+        if not any(path.match(pattern) for pattern in OTHER_TESTS)
     }
-    first = [found.pop(name) for name in TEST_FILES if name in found]
+    first = [found.pop(name) for name in FIRST_TESTS if name in found]
     return first + list(found.values())
 
 
@@ -265,11 +244,11 @@ def test(options: argparse.Namespace) -> int:
     """
     deadline = Deadline(options.minutes)
     path = results_folder(options) / "cuda_tests.json"
-    results: dict[str, Any] = head(options)
+    results: dict[str, Any] = make_record(options)
     results |= {"passed": 0, "failed": 0, "skipped": 0, "not_run": [], "files": {}}
     results |= {"failures": [], "skips": {}}
     quick = "test_forward.py" if options.device == "cuda" else "test_reference.py"
-    wanted = options.file or ([quick] if options.smoke else None)
+    wanted = options.file or ([quick] if options.quick else None)
     files = [file for file in test_files() if wanted is None or file.name in wanted]
     selection = "cuda" if options.device == "cuda" else "not cuda"
     for file in files:
@@ -280,7 +259,15 @@ def test(options: argparse.Namespace) -> int:
             log = Path(scratch) / "outcomes.jsonl"
             # pytest-benchmark, which the usual options need, is not needed here.
             plain = ["-o", "addopts=--strict-markers", "-p", "no:cacheprovider"]
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "outcomes", *plain]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "benchmarks.gpu.outcomes",
+                *plain,
+            ]
             start = time.monotonic()
             status = run(
                 [*command, "-k", selection, "--maxfail=50", "--tb=short", str(file)],
@@ -288,7 +275,6 @@ def test(options: argparse.Namespace) -> int:
                 env=environment(
                     MSDA_BACKEND="native",
                     MSDA_OUTCOMES=str(log),
-                    PYTHONPATH=os.pathsep.join([str(FOLDER), os.environ.get("PYTHONPATH", "")]),
                     CUBLAS_WORKSPACE_CONFIG=":4096:8",  # deterministic algorithms demand it
                 ),
             )
@@ -314,11 +300,11 @@ def test(options: argparse.Namespace) -> int:
 
 
 def print_tests(results: dict[str, Any]) -> None:
-    print(f"\n{'file':<26}{'passed':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
+    names = ("passed", "failed", "skipped", "seconds")
+    table = Table({"file": -26} | dict.fromkeys(names, 9))
     for name, file in results["files"].items():
-        counts = f"{file['passed']:>8}{file['failed']:>8}{file['skipped']:>9}"
-        print(f"{name:<26}{counts}{file['seconds']:>9.1f}")
-    print(f"{'all':<26}{results['passed']:>8}{results['failed']:>8}{results['skipped']:>9}")
+        table.add(name, *(file[key] for key in names))
+    table.add("all", *(results[key] for key in names[:3]), "")
     for failure in results["failures"][:20]:
         print(f"failed: {failure['test']}: {failure['message'].partition(chr(10))[0]}")
     for reason, count in results["skips"].items():
@@ -361,7 +347,7 @@ def sanitize(options: argparse.Namespace) -> int:
     deadline = Deadline(options.minutes)
     folder = results_folder(options)
     path = folder / "cuda_sanitizer.json"
-    results: dict[str, Any] = head(options) | {"tools": {}}
+    results: dict[str, Any] = make_record(options) | {"tools": {}}
     sanitizer = find_tool("compute-sanitizer")
     if sanitizer is None or options.device == "cpu":
         results["skipped"] = (
@@ -386,12 +372,12 @@ def sanitize(options: argparse.Namespace) -> int:
             results["tools"][tool] = watch(sanitizer, tool, planted, help_text, limit, options)
             write_json(path, results)
     write_json(path, results)
-    print(f"\n{'tool':<12}{'status':<12}{'errors':>8}{'cases':>12}{'finds a planted fault':>24}")
+    table = Table({"tool": -12, "status": -12, "errors": 8, "cases": 12, "finds planted fault": 12})
     for tool, seen in results["tools"].items():
         cases = f"{seen.get('cases', 0)} of {seen.get('all_cases', 0)}"
         finds = {True: "yes", False: "NO", None: ""}[seen.get("finds_planted_fault")]
         errors = "" if seen["errors"] is None else seen["errors"]
-        print(f"{tool:<12}{seen['status']:<12}{errors:>8}{cases:>12}{finds:>24}")
+        table.add(tool, seen["status"], errors, cases, finds)
     print(f"written: {path}")
     bad = ("errors", "failed")
     return int(any(seen["status"] in bad for seen in results["tools"].values()))
@@ -416,8 +402,8 @@ def watch(
 
     log = folder / f"sanitizer-{tool}.log"
     log.unlink(missing_ok=True)
-    forms = [sys.executable, str(FOLDER / "every_form.py"), "--device", "cuda"]
-    if options.smoke:
+    forms = [*EVERY_FORM, "--device", "cuda"]
+    if options.quick:
         forms += ["--limit", "4"]
     told = {
         "MSDA_BACKEND": "native",
@@ -469,10 +455,10 @@ def measure(
     if options.device == "cpu" and options.program is None:
         print(f"{part}: skipped: it needs a CUDA device, got --device cpu")
         return 0
-    results: dict[str, Any] = head(options) | {"measurements": []}
+    results: dict[str, Any] = make_record(options) | {"measurements": []}
     with tempfile.TemporaryDirectory() as scratch:
         program = options.program or [str(compile_cuda(f"{part}.cu", Path(scratch), deadline))]
-        command = [*program, "--quick"] if options.smoke else list(program)
+        command = [*program, "--quick"] if options.quick else list(program)
         with started(command, deadline.left(), stdout=subprocess.PIPE) as child:
             assert child.process.stdout is not None
             for line in child.process.stdout:
@@ -577,29 +563,20 @@ def read_profile(text: str) -> list[dict[str, float]]:
 
 
 def bench(options: argparse.Namespace) -> int:
-    """See bench_gpu.py."""
-    import bench_gpu
+    """See operator.py, which imports msda: not before it is built."""
+    from benchmarks.gpu import operator
 
-    return bench_gpu.run(options, results_folder(options))
+    return operator.run(options, results_folder(options))
 
 
-def run_all(options: argparse.Namespace, of_bench: list[str]) -> int:
-    """Each part in its own process; a part that fails does not keep the next from running.
-
-    Only bench is handed what only bench knows.
-    """
+def run_all(options: argparse.Namespace) -> int:
+    """Each part in its own process; a part that fails does not keep the next from running."""
     failed = []
-    common = ["--device", options.device, "--minutes", str(options.minutes)]
-    common += ["--smoke"] if options.smoke else []
-    common += ["--results", str(options.results)] if options.results else []
-    common += [f"--file={file}" for file in options.file or []]
-    common += [f"--tool={tool}" for tool in options.tool or []]
+    given = shlex.split(options.command)
     for part in PARTS:
         print(f"\n== {part}", flush=True)
-        limit = 60 * options.minutes + GRACE
-        extra = of_bench if part == "bench" else []
-        command = [sys.executable, __file__, part, *common, *extra]
-        if run(command, limit, env=environment()) != 0:
+        command = [sys.executable, *(part if word == "all" else word for word in given[1:])]
+        if run(command, 60 * options.minutes + GRACE, env=environment()) != 0:
             failed.append(part)
             if part == "build":
                 break
@@ -607,14 +584,10 @@ def run_all(options: argparse.Namespace, of_bench: list[str]) -> int:
     return int(bool(failed))
 
 
-def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Read the command line; with "all", also what is left for bench to read."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("part", choices=(*PARTS, "all"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: tries the harness only")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: to try the command")
     parser.add_argument(
         "--minutes", type=float, default=9.5, help="time limit of each part (default: 9.5)"
     )
@@ -622,21 +595,22 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--file", action="append", help="test: only this file of tests/")
     parser.add_argument("--tool", choices=TOOLS, action="append", help="sanitize: only this tool")
     parser.add_argument("--program", nargs="+", help="micro, orders: run this instead of compiling")
-    of_bench: list[str] = []
-    if "all" in arguments:
-        options, of_bench = parser.parse_known_args(arguments)
-    else:
-        if "bench" in arguments:  # which imports msda: not before it is built
-            from bench_gpu import add_arguments
+    parser.add_argument(
+        "--peer",
+        action="append",
+        default=[],
+        metavar="[LABEL=]WHAT",
+        help="bench: a module's name, or a .py or .so file; none: no peers (default: all known)",
+    )
+    for name in ("workload", "dtype", "direction"):
+        parser.add_argument(f"--{name}", action="append", help=f"bench: only this {name}")
+    parser.add_argument(
+        "--seconds", type=float, default=0.6, help="bench: of timing for each row (default: 0.6)"
+    )
 
-            add_arguments(parser)
-        options = parser.parse_args(arguments)
-    options.command = shlex.join(["python", "benchmarks/gpu.py", *arguments])
-    return options, of_bench
 
-
-def main() -> int:
-    options, of_bench = parse(sys.argv[1:])
+def main(options: argparse.Namespace) -> int:
+    """Run one part, or all."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("gpu: ended from outside"))
     if options.device == "cuda" and not torch.cuda.is_available():
         sys.exit(
@@ -644,10 +618,6 @@ def main() -> int:
             f"torch {torch.__version__} and no device"
         )
     if options.part == "all":
-        return run_all(options, of_bench)
+        return run_all(options)
     parts = {"build": build, "test": test, "bench": bench, "micro": micro, "orders": orders}
     return (parts | {"sanitize": sanitize})[options.part](options)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

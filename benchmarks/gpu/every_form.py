@@ -1,7 +1,8 @@
 """Run every form of the kernels once on small inputs and compare with float64.
 
-A minute's check after a build, and what compute-sanitizer watches: ``gpu.py sanitize``. Every case
-is a forward and a backward call. Prints a line per case; exit status 0: all right.
+A minute's check after a build (``gpu build``), and what compute-sanitizer watches (``gpu
+sanitize``). Every case is a forward and a backward call. Prints a line per case; exit status 0: all
+right. ``python -m benchmarks.gpu.every_form --device cpu`` tries it without a GPU.
 """
 
 from __future__ import annotations
@@ -13,11 +14,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from accuracy import GRADIENTS, complaint, errors_of, exact_results, our_limit
 from torch import Tensor
 
-import msda
-from msda.testing import FusedInputs, Inputs, make_fused_inputs, make_inputs
+from benchmarks.common.accuracy import GRADIENTS, complaint, errors_of, exact_results, our_limits
+from msda.testing import (
+    FusedInputs,
+    Inputs,
+    make_fused_inputs,
+    make_inputs,
+    ours,
+    random_like_output,
+)
 
 PYRAMID = [(13, 21), (7, 11), (4, 6), (2, 3)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -130,15 +137,9 @@ def _offset(inputs: Inputs) -> Inputs:
 
 def call(case: Case, inputs: Any, device: str) -> Tensor:
     """Our operator on the inputs of a case."""
-    shapes = inputs.spatial_shapes
     if case.shapes is not None:
-        shapes = case.shapes(shapes, device)
-    options = {"num_points": inputs.num_points} | case.options
-    value, *others = inputs.tensors()
-    if isinstance(inputs, FusedInputs):
-        options["padding_mask"] = inputs.padding_mask
-        return msda.ms_deform_attn_fused(value, shapes, None, *others, **options)
-    return msda.ms_deform_attn(value, shapes, None, *others, **options)
+        inputs = replace(inputs, spatial_shapes=case.shapes(inputs.spatial_shapes, device))
+    return ours(inputs, **case.options)
 
 
 def check(case: Case, dtype: torch.dtype, device: str) -> str | None:
@@ -154,8 +155,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> str | None:
     torch.use_deterministic_algorithms(case.deterministic)
     try:
         output = call(case, inputs, device)
-        random = torch.Generator().manual_seed(7)
-        grad_output = torch.randn(output.shape, generator=random).to(device, dtype)
+        grad_output = random_like_output(inputs)
         tensors = [getattr(inputs, name) for name in names]
         gradients = torch.autograd.grad(output, tensors, grad_output, allow_unused=True)
     finally:
@@ -172,10 +172,10 @@ def check(case: Case, dtype: torch.dtype, device: str) -> str | None:
     }
     exact = exact_results(replace(inputs, **on_cpu), grad_output.cpu(), **case.options)
 
-    def limit(name: str, dtype: torch.dtype) -> float:
-        return max(our_limit(name, dtype), our_limit(name, results[name].dtype))
+    def limit(name: str) -> float:
+        return max(our_limits(dtype)(name), our_limits(results[name].dtype)(name))
 
-    wrong = complaint(errors_of(results, exact), limit, dtype)
+    wrong = complaint(errors_of(results, exact), limit)
     missing = [name for name in names if name not in results]
     if wrong is None and missing and "interpolation" not in case.options:
         return f"grad_{missing[0]} must be computed, got None"

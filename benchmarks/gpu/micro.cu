@@ -1,7 +1,7 @@
 // Micro-benchmarks of what the design of the kernels rests on: reductions, atomics and gathers at
 // random rows, and the ceilings of the roofline. Needs a CUDA device and nothing else:
 //
-//   nvcc -std=c++17 -O3 -arch=native -o micro benchmarks/micro.cu && ./micro [--quick]
+//   nvcc -std=c++17 -O3 -arch=native -o micro benchmarks/gpu/micro.cu && ./micro [--quick]
 //
 // Prints one JSON object per line as it goes: the device, then one measurement per line. Every
 // measurement is checked against what the host computes (verified), then timed by events, with the

@@ -1,11 +1,11 @@
-"""Time the operator on a GPU against the grid_sample core and every peer found: ``gpu.py bench``.
+"""Time the operator on a GPU against the grid_sample core and every peer found: ``gpu bench``.
 
-For every workload, dtype and direction: each rival's result is compared with float64 first, and one
+For every workload, dtype and direction: each side's result is compared with float64 first, and one
 that differs is listed and not timed. The others are timed in turn, with the L2 cache emptied before
 each call (cold) and not (warm). Reported are medians, ratios to ours, and our time over the floor
-that the GPU's own rates set (roofline.py). Plain rows are given locations and weights, fused rows
-reference points, offsets and logits; rivals that are not fused then compute locations and softmax
-by PyTorch, as their modules do, and so does "msda unfused".
+that the GPU's own rates set (floors.py). Plain rows are given locations and weights, fused rows
+reference points, offsets and logits; sides that are not fused then compute locations and softmax by
+PyTorch, as their modules do, and so does "msda unfused".
 
 Ours takes locations and weights in float32 whatever the dtype of value; the others take them in
 that dtype, as they demand it.
@@ -18,33 +18,31 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import complaint, errors_of, exact_results, others_limit, our_limit, results_of
-from baselines import after_prologue, grid_sample_core, ours, ours_fused, prologue
-from measure import (
-    Timer,
-    backward_of,
-    forward_of,
-    gpu_machine,
-    make_timer,
-    median,
-    peak_extra_memory,
-    quartiles,
-    take_turns,
-)
-from peers import KNOWN, Peer, PeerError, find, in_value_dtype, split_label
-from records import Deadline, table_line, write_json
-from roofline import Ceilings, count_reads, floors
 from torch import Tensor
-from workloads import GPU_WORKLOADS, Workload
 
-import msda
-from msda.testing import FusedInputs, Inputs, map_tensors
+from benchmarks.common.accuracy import exact_results
+from benchmarks.common.baselines import after_prologue, prologue
+from benchmarks.common.floors import Ceilings, count_reads, floors
+from benchmarks.common.harness import Deadline, Table, make_record, print_machine, write_json
+from benchmarks.common.machine import require_kernels
+from benchmarks.common.peers import Peer, find_named, in_value_dtype
+from benchmarks.common.sides import OURS, Side, check_sides, is_device_lost
+from benchmarks.common.timing import Timer, make_timer, median, summary, take_turns
+from benchmarks.workloads import GPU_WORKLOADS, Workload, sized
+from msda.testing import (
+    FusedInputs,
+    Inputs,
+    grid_sample_core,
+    map_tensors,
+    ours,
+    random_like_output,
+)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 DIRECTIONS = ("backward", "forward", "fused backward", "fused forward")
@@ -54,11 +52,8 @@ TINY_CALL = 0.2e-3  # seconds of GPU work below which the host's share is measur
 COPIED_BYTES = 2**30  # to measure DRAM bandwidth where micro.cu did not
 
 
-OURS = Peer("msda", "ours", ours, ours_fused)
-BASELINES = (
-    Peer("grid_sample", "PyTorch", grid_sample_core, after_prologue(grid_sample_core)),
-    Peer("msda unfused", "ours", None, after_prologue(ours)),
-)
+UNFUSED = "msda unfused"
+BASELINES = ("grid_sample", UNFUSED)
 
 
 @dataclass(frozen=True)
@@ -75,7 +70,7 @@ class Setup:
 # ---- ceilings ------------------------------------------------------------------------------------
 
 
-def ceilings_of(device: str, timer: Timer, micro: Path, smoke: bool) -> Ceilings:
+def ceilings_of(device: str, timer: Timer, micro: Path, quick: bool) -> Ceilings:
     """The rates of this GPU: from the results of micro.cu where they are of it, else measured."""
     if device == "cpu":  # numbers to try the harness with
         return Ceilings(1e10, 1, 1e9, "assumed", "assumed")
@@ -85,10 +80,10 @@ def ceilings_of(device: str, timer: Timer, micro: Path, smoke: bool) -> Ceilings
     if measured:
         bandwidth, source = measured["dram.copy"], micro.name
     else:
-        words = (COPIED_BYTES // 64 if smoke else COPIED_BYTES) // 4
+        words = (COPIED_BYTES // 64 if quick else COPIED_BYTES) // 4
         given = torch.randint(2**31 - 1, (words,), dtype=torch.int32, device=device)
         copy = torch.empty_like(given)
-        times = take_turns(timer, {"copy": lambda: copy.copy_(given)}, cold=False, budget=0.2)
+        times = take_turns(timer, {"copy": lambda: copy.copy_(given)}, budget=0.2)
         assert torch.equal(given, copy), "a copy must equal its source"
         bandwidth, source = 2 * words * 4 / median(times["copy"]), "copy of 1 GiB by PyTorch"
     return Ceilings(
@@ -113,71 +108,46 @@ def read_micro(path: Path, device_name: str) -> dict[str, float]:
 # ---- one row -------------------------------------------------------------------------------------
 
 
-def rivals_of(direction: str, peers: list[Peer]) -> dict[str, tuple[Peer, Callable]]:
-    """Everybody who has this form, ours first."""
-    form = "fused" if direction.startswith("fused") else "plain"
-    rivals = (OURS, *BASELINES, *peers)
-    return {peer.name: (peer, getattr(peer, form)) for peer in rivals if getattr(peer, form)}
-
-
-def inputs_for(peer: Peer, inputs: Inputs | FusedInputs) -> Inputs | FusedInputs:
-    """What a rival's callers hand it: plain locations and weights as it demands them."""
-    if peer is OURS or isinstance(inputs, FusedInputs):
-        return inputs
-    return in_value_dtype(inputs)
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """Whether the GPU refuses everything after this error."""
-    return "CUDA error" in str(error) and "out of memory" not in str(error)
+def sides_of(inputs: Inputs | FusedInputs, peers: list[Peer]) -> dict[str, Side]:
+    """Everybody who has this form, ours first, with what their callers hand them."""
+    if isinstance(inputs, FusedInputs):
+        cores = {"grid_sample": after_prologue(grid_sample_core), UNFUSED: after_prologue(ours)}
+        cores |= {peer.name: peer.fused for peer in peers if peer.fused}
+        given: Inputs | FusedInputs = inputs
+    else:
+        cores = {"grid_sample": grid_sample_core}
+        cores |= {peer.name: peer.plain for peer in peers if peer.plain}
+        given = in_value_dtype(inputs)  # as they demand
+    sides = {OURS: Side(ours, inputs, is_ours=True)}
+    return sides | {
+        name: Side(core, given, is_ours=name == UNFUSED) for name, core in cores.items()
+    }
 
 
 def measure_row(
     setup: Setup,
     direction: str,
     inputs: Inputs | FusedInputs,
-    exact: dict[str, Tensor],
+    exact: Mapping[str, Tensor],
     grad_output: Tensor,
     floor: dict[str, float],
 ) -> dict[str, Any]:
-    """Check every rival, then time those that are right: one row of the results."""
-    timer, dtype = setup.timer, inputs.value.dtype
-    backward = direction.endswith("backward")
-    results: dict[str, dict[str, Any]] = {}
-    runs = {}
-    for name, (peer, core) in rivals_of(direction, setup.peers).items():
-        given = inputs_for(peer, inputs)
-        try:
-            errors = errors_of(results_of(core, given, grad_output if backward else None), exact)
-            limit = our_limit if peer.kind == "ours" else others_limit
-            wrong = complaint(errors, limit, dtype)
-            results[name] = {"errors": errors}
-            if wrong is not None:
-                results[name]["refused"] = wrong
-                continue
-            run = backward_of(core, given, grad_output) if backward else forward_of(core, given)
-            results[name]["extra_bytes"] = peak_extra_memory(run, setup.device)
-            runs[name] = run
-        except Exception as error:  # whatever a stranger's code raises
-            if is_device_lost(error):
-                raise
-            results[name] = {"refused": " ".join(f"{type(error).__name__}: {error}".split())[:300]}
-
-    if OURS.name in runs:
+    """Check every side, then time those that are right: one row of the results."""
+    sides = sides_of(inputs, setup.peers)
+    results, runs = check_sides(sides, direction, exact, grad_output)
+    if OURS in runs:
         for state in ("cold", "warm"):
-            times = take_turns(timer, runs, cold=state == "cold", budget=setup.budget / 2)
+            times = take_turns(setup.timer, runs, cold=state == "cold", budget=setup.budget / 2)
             for name, samples in times.items():
-                results[name][f"{state}_ms"] = median(samples) * 1e3
-                results[name][f"{state}_quartiles_ms"] = [q * 1e3 for q in quartiles(samples)]
-                results[name][f"{state}_rounds"] = len(samples)
+                results[name] |= summary(samples, f"{state}_")
         for name, run in runs.items():
             if results[name]["warm_ms"] < TINY_CALL * 1e3:
-                results[name]["call_us"] = timer.per_call(run, 200) * 1e6
-        ours = results[OURS.name]["cold_ms"]
+                results[name]["call_us"] = setup.timer.per_call(run, 200) * 1e6
+        our_ms = results[OURS]["cold_ms"]
         for name in runs:
-            results[name]["ratio"] = results[name]["cold_ms"] / ours
-        floor = floor | {"over_floor": ours / floor["floor_ms"]}
-    return {"direction": direction, "floor": floor, "rivals": results}
+            results[name]["ratio"] = results[name]["cold_ms"] / our_ms
+        floor = floor | {"over_floor": our_ms / floor["floor_ms"]}
+    return {"direction": direction, "floor": floor, "sides": results}
 
 
 # ---- all rows ------------------------------------------------------------------------------------
@@ -206,8 +176,7 @@ def rows_of(
         if not wanted:
             continue
         base = make(torch.float32)
-        shape = (base.value.shape[0], base.tensors()[-1].shape[1], base.value.shape[2:].numel())
-        grad_base = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        grad_base = random_like_output(base)
         reads = None
         for dtype_name in dtypes:
             dtype = DTYPES[dtype_name]
@@ -248,78 +217,56 @@ def plan(
     yield from (step for step in steps if step[1] and step[2])
 
 
-def find_peers(wanted: list[str], device: str) -> tuple[list[Peer], dict[str, str]]:
-    """The peers that run and compute the operator here; and the reason for each other one."""
-    candidates = dict(KNOWN) if not wanted else {}
-    candidates |= dict(split_label(what) for what in wanted if what != "none")
-    found, missing = [], {}
-    for label, what in candidates.items():
-        try:
-            found.append(find(label, what, device))
-        except PeerError as error:
-            missing[label] = str(error)
-    return found, missing
-
-
 # ---- printing ------------------------------------------------------------------------------------
 
-WIDTHS = [-18, -9, -15, 10, 10, 10, 8, 9, 10]
-HEADINGS = (
-    ["", "", "", "msda", "msda", "floor", "over", "us per", "extra"],
-    ["workload", "dtype", "direction", "cold ms", "warm ms", "ms", "floor", "call", "MB"],
-)
+COLUMNS = {
+    "workload": -18,
+    "dtype": -9,
+    "direction": -15,
+    "msda cold, ms": 10,
+    "warm, ms": 10,
+    "floor, ms": 10,
+    "over floor": 8,
+    "us per call": 9,
+    "extra MB": 10,
+}
 
 
-def rival_widths(names: list[str]) -> list[int]:
-    return [max(9, len(name) + 2) for name in names]
-
-
-def print_beginning(results: dict[str, Any], ceilings: Ceilings) -> None:
-    print(*(f"{key}: {text}" for key, text in results["machine"].items()), sep=", ")
+def print_beginning(record: dict[str, Any], ceilings: Ceilings) -> None:
+    print_machine(record)
     print(
         f"DRAM {ceilings.dram_bytes_per_second / 1e12:.2f} TB/s ({ceilings.dram_source}), "
         f"{ceilings.multiprocessors} multiprocessors at {ceilings.clock_hz / 1e9:.3f} GHz "
         f"({ceilings.clock_source})"
     )
-    for label, reason in results["missing_peers"].items():
+    for label, reason in record["missing_peers"].items():
         print(f"no peer {label}: {reason}")
-    print()
 
 
-def print_headings(names: list[str]) -> None:
-    widths = WIDTHS + rival_widths(names)
-    print(table_line(HEADINGS[0] + [""] * len(names), widths).rstrip())
-    print(table_line(HEADINGS[1] + names, widths))
-
-
-def print_row(row: dict[str, Any], names: list[str]) -> None:
-    print(table_line(row_cells(row, names), WIDTHS + rival_widths(names)).rstrip(), flush=True)
-
-
-def print_ending(results: dict[str, Any]) -> None:
-    print("\ncolumns of rivals: their time over ours, both cold; more is better for us.")
-    for reason, where in refusals(results["rows"]).items():
+def print_ending(record: dict[str, Any]) -> None:
+    print("\nlast columns: a side's time over ours, both cold; more is better for us.")
+    for reason, where in refusals(record["rows"]).items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         print(f"refused: {reason} ({where[0]}{more})")
-    for entry in results["not_run"]:
+    for entry in record["not_run"]:
         print(f"not run, or not to the end: {entry['workload']}: {entry['reason']}")
 
 
 def row_cells(row: dict[str, Any], names: list[str]) -> list[str]:
-    """A row as text; a rival's cell is its time over ours, cold."""
-    ours, floor = row["rivals"][OURS.name], row["floor"]
+    """A row as text; the cell of another side is its time over ours, cold."""
+    found, floor = row["sides"][OURS], row["floor"]
     cells = [row["workload"], row["dtype"], row["direction"]]
-    if "cold_ms" not in ours:
-        return cells + ["wrong"] + [""] * (len(WIDTHS) - 4 + len(names))
-    call = f"{ours['call_us']:.1f}" if "call_us" in ours else ""
-    cells += [f"{ours['cold_ms']:.4f}", f"{ours['warm_ms']:.4f}", f"{floor['floor_ms']:.4f}"]
-    cells += [f"{floor['over_floor']:.1f}x", call, f"{ours['extra_bytes'] / 1e6:.1f}"]
+    if "cold_ms" not in found:
+        return [*cells, "wrong"] + [""] * (len(COLUMNS) - 4 + len(names))
+    call = f"{found['call_us']:.1f}" if "call_us" in found else ""
+    cells += [f"{found['cold_ms']:.4f}", f"{found['warm_ms']:.4f}", f"{floor['floor_ms']:.4f}"]
+    cells += [f"{floor['over_floor']:.1f}x", call, f"{found['extra_bytes'] / 1e6:.1f}"]
     for name in names:
-        rival = row["rivals"].get(name)
-        if rival is None:
+        side = row["sides"].get(name)
+        if side is None:
             cells.append("")
         else:
-            cells.append(f"{rival['ratio']:.1f}x" if "ratio" in rival else "refused")
+            cells.append(f"{side['ratio']:.1f}x" if "ratio" in side else "refused")
     return cells
 
 
@@ -327,70 +274,47 @@ def refusals(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     """What was refused and where, by reason."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
-        for name, rival in row["rivals"].items():
-            if "refused" in rival:
+        for name, side in row["sides"].items():
+            if "refused" in side:
                 where = f"{row['workload']} {row['dtype']} {row['direction']}"
-                reasons.setdefault(f"{name}: {rival['refused']}", []).append(where)
+                reasons.setdefault(f"{name}: {side['refused']}", []).append(where)
     return reasons
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--peer",
-        action="append",
-        default=[],
-        metavar="[LABEL=]WHAT",
-        help="a module's name, or a .py or .so file; 'none' for no peers (default: all known)",
-    )
-    parser.add_argument("--workload", choices=GPU_WORKLOADS, action="append", help="default: all")
-    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: all")
-    parser.add_argument("--direction", choices=DIRECTIONS, action="append", help="default: all")
-    parser.add_argument(
-        "--seconds", type=float, default=0.6, help="of timing for each row (default: 0.6)"
-    )
-
-
-def require_kernels(device: str) -> None:
-    """Refuse to time the PyTorch reference in the name of the kernels."""
-    about = msda.info()
-    if about["backend"] != "native":
-        sys.exit(f"bench: the native backend must be live, got {about['backend']}")
-    if device == "cuda" and not about["cuda_architectures"]:
-        sys.exit("bench: msda must be built with CUDA kernels, got none: gpu.py build")
-
-
 def run(options: argparse.Namespace, folder: Path) -> int:
     """Measure everything asked for, writing after each row; 0 if nothing of ours was wrong."""
     require_kernels(options.device)
+    known = {"workload": GPU_WORKLOADS, "dtype": DTYPES, "direction": DIRECTIONS}
+    for option, names in known.items():
+        for name in getattr(options, option) or ():
+            if name not in names:
+                sys.exit(f"--{option} must be one of {', '.join(names)}, got {name}")
     deadline = Deadline(options.minutes)
     device, path = options.device, folder / "cuda_operator.json"
     timer = make_timer(device)
-    ceilings = ceilings_of(device, timer, folder / "cuda_micro.json", options.smoke)
-    peers, missing = find_peers(options.peer, device)
-    setup = Setup(device, timer, ceilings, peers, 0.002 if options.smoke else options.seconds)
-    results: dict[str, Any] = {
-        "machine": gpu_machine(device),
-        "command": options.command,
-        "smoke": options.smoke,
-        "ceilings": asdict(ceilings),
-        "peers": {peer.name: peer.kind for peer in peers},
-        "missing_peers": missing,
-        "not_run": [],
-        "rows": [],
-    }
-    names = [rival.name for rival in (*BASELINES, *peers)]
-    print_beginning(results, ceilings)
-    print_headings(names)
+    ceilings = ceilings_of(device, timer, folder / "cuda_micro.json", options.quick)
+    peers, missing = find_named(options.peer, device)
+    setup = Setup(device, timer, ceilings, peers, 0.002 if options.quick else options.seconds)
+    record = make_record(
+        options,
+        ceilings=asdict(ceilings),
+        peers={peer.name: peer.kind for peer in peers},
+        missing_peers=missing,
+        not_run=[],
+        rows=[],
+    )
+    names = [*BASELINES, *(peer.name for peer in peers)]
+    print_beginning(record, ceilings)
+    table = Table(COLUMNS | dict.fromkeys(names, 9))
 
     lost, longest = "", 0.0
     wanted = (options.workload or GPU_WORKLOADS, options.dtype or DTYPES)
     in_order = [name for name in DIRECTIONS if name in (options.direction or DIRECTIONS)]
     for name, dtypes, directions in plan(*map(list, wanted), in_order):
-        workload = GPU_WORKLOADS[name].tiny() if options.smoke else GPU_WORKLOADS[name]
-        rows = rows_of(setup, name, workload, dtypes, directions)
+        rows = rows_of(setup, name, sized(GPU_WORKLOADS[name], options.quick), dtypes, directions)
         reason = lost
         while not reason:
             start = time.perf_counter()
@@ -410,18 +334,14 @@ def run(options: argparse.Namespace, folder: Path) -> int:
                 reason = lost = f"the GPU was lost: {error}"
                 break
             longest = max(longest, time.perf_counter() - start)
-            results["rows"].append(row)
-            write_json(path, results)
-            print_row(row, names)
+            record["rows"].append(row)
+            write_json(path, record)
+            table.add(*row_cells(row, names))
         rows.close()
         if reason:
-            results["not_run"].append({"workload": name, "reason": reason})
-    write_json(path, results)
-    print_ending(results)
+            record["not_run"].append({"workload": name, "reason": reason})
+    write_json(path, record)
+    print_ending(record)
     print(f"written: {path}")
-    wrong = any("refused" in row["rivals"][OURS.name] for row in results["rows"])
-    return int(wrong or not results["rows"] or lost.startswith("the GPU"))
-
-
-if __name__ == "__main__":
-    sys.exit("Run me as: python benchmarks/gpu.py bench")
+    wrong = any("refused" in row["sides"][OURS] for row in record["rows"])
+    return int(wrong or not record["rows"] or lost.startswith("the GPU"))

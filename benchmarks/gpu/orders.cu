@@ -2,7 +2,7 @@
 // decide what it finds in L1, and sub-warps that share the samples of a query and head. Needs a
 // CUDA device and nothing else:
 //
-//   nvcc -std=c++17 -O3 -arch=native -o orders benchmarks/orders.cu && ./orders [--quick|--once]
+//   nvcc -std=c++17 -O3 -arch=native -o orders benchmarks/gpu/orders.cu && ./orders [--quick|...]
 //
 // Prints one JSON object per line as it goes: the device, then one measurement per line. The first
 // of a case is as the library chooses; the results of the others are compared with its (verified).
@@ -13,9 +13,9 @@
 #include <cmath>
 #include <cstring>
 
-#include "../csrc/cuda/backward.cu"
-#include "../csrc/cuda/forward.cu"
-#include "../csrc/cuda/levels.cu"
+#include "../../csrc/cuda/backward.cu"
+#include "../../csrc/cuda/forward.cu"
+#include "../../csrc/cuda/levels.cu"
 #include "device.cuh"
 
 namespace {

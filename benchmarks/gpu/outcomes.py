@@ -1,6 +1,6 @@
 """A pytest plugin that writes each outcome as it comes, so that a run cut off loses nothing.
 
-Use: ``MSDA_OUTCOMES=log.jsonl python -m pytest -p outcomes`` with this folder on PYTHONPATH. One
+Use: ``MSDA_OUTCOMES=log.jsonl python -m pytest -p benchmarks.gpu.outcomes`` in the repository. One
 JSON object per line: how many tests were selected, then test, outcome, seconds and message of each.
 """
 

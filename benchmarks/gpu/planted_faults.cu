@@ -1,7 +1,7 @@
 // Kernels that are wrong on purpose, one fault per argument: what each tool of compute-sanitizer
 // must find before its silence about our own kernels means anything.
 //
-//   nvcc -std=c++17 -O1 -arch=native -o planted_faults benchmarks/planted_faults.cu
+//   nvcc -std=c++17 -O1 -arch=native -o planted_faults benchmarks/gpu/planted_faults.cu
 //   compute-sanitizer --tool racecheck ./planted_faults racecheck
 
 #include <cuda_runtime.h>

@@ -34,10 +34,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from measure import cpu_machine, gpu_machine
-from records import Deadline, table_line, write_json
+from benchmarks.common import harness
 
-TRAIN = Path(__file__).resolve().parent.parent / "examples" / "deformable_detr" / "train.py"
+TRAIN = harness.DETECTOR / "train.py"
 
 ARMS = {
     "deformable": ["--no-box-refine"],
@@ -149,7 +148,7 @@ class RunError(Exception):
 
 
 def train(
-    training: Training, root: Path, experiment: Experiment, device: str, deadline: Deadline
+    training: Training, root: Path, experiment: Experiment, device: str, deadline: harness.Deadline
 ) -> None:
     """Bring one run to its last epoch, or as far as the time allows."""
     minutes = deadline.left() / 60 - UNTIL_STOPPED
@@ -180,7 +179,7 @@ def train_all(
     experiment: Experiment,
     device: str,
     jobs: int,
-    deadline: Deadline,
+    deadline: harness.Deadline,
 ) -> bool:
     """Bring all runs to their ends, the longest first; whether the time was enough."""
     queue = sorted(trainings, key=lambda one: -one.epochs)
@@ -263,19 +262,17 @@ def write_csv(path: Path, results: dict[str, Any]) -> None:
                     )
 
 
-WIDTHS = (-26, 8, *(18 for _ in THRESHOLDS))
-
-
 def print_summary(results: dict[str, Any]) -> None:
+    seeds = len(results["experiment"]["seeds"])
     for what, digits in (("epochs", 1), ("seconds", 0)):
-        seeds = len(results["experiment"]["seeds"])
-        print(f"\n{what} to a validation AP: median (least to most) of {seeds} seeds")
-        print(table_line(["", "lr", *(f"AP {threshold:g}" for threshold in THRESHOLDS)], WIDTHS))
+        print(f"\n{what} to a validation AP: median (least to most) of {seeds} seeds", end="")
+        columns = {"": -26, "lr": 8}
+        table = harness.Table(columns | {f"AP {threshold:g}": 18 for threshold in THRESHOLDS})
         for name, arm in results["arms"].items():
-            cells = [name, f"{arm['lr']:g}"]
-            for one in arm["thresholds"].values():
-                cells.append(reading(one, what, digits, seeds))
-            print(table_line(cells, WIDTHS))
+            reached = arm["thresholds"].values()
+            table.add(
+                name, f"{arm['lr']:g}", *(reading(one, what, digits, seeds) for one in reached)
+            )
 
 
 def reading(entry: dict[str, Any], what: str, digits: int, seeds: int) -> str:
@@ -289,11 +286,8 @@ def reading(entry: dict[str, Any], what: str, digits: int, seeds: int) -> str:
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def main() -> int:
-    """Run what is missing, then write what came; 3 where the time was not enough."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_record(parser)
     parser.add_argument("--preset", choices=EXPERIMENTS, default="cpu", help="(default: cpu)")
     parser.add_argument(
         "--runs", type=Path, help="folder of the runs (default: out/convergence/PRESET)"
@@ -305,38 +299,27 @@ def main() -> int:
     parser.add_argument(
         "--max-minutes", type=float, default=0, help="stop after so long; 0: no limit"
     )
-    parser.add_argument(
-        "--output", type=Path, help="folder for convergence.json and .csv (default: the runs')"
-    )
-    options = parser.parse_args()
 
-    experiment = EXPERIMENTS[options.preset]
-    root = options.runs or Path("out/convergence") / options.preset
+
+def main(options: argparse.Namespace) -> int:
+    """Run what is missing, then write what came; 3 where the time was not enough."""
+    preset = "trial" if options.quick else options.preset
+    experiment = EXPERIMENTS[preset]
+    root = options.runs or harness.ROOT / "out" / "convergence" / preset
     on_gpu = options.device.startswith("cuda")
-    jobs = options.jobs or (1 if on_gpu else os.cpu_count() or 1)
-    deadline = Deadline(options.max_minutes or float("inf"))
+    jobs = options.jobs or (1 if on_gpu else harness.all_cores())
+    deadline = harness.Deadline(options.max_minutes or float("inf"))
     axis = "training_seconds" if on_gpu else "processor_seconds"
     started = time.monotonic()
 
-    def bring(trainings: Sequence[Training]) -> bool:
-        return train_all(trainings, root, experiment, options.device, jobs, deadline)
+    def bring(trainings: Iterable[Training]) -> bool:
+        return train_all(list(trainings), root, experiment, options.device, jobs, deadline)
 
-    tuning: dict[str, list[Training]] = {arm: [] for arm in ARMS}
-    if experiment.rates is None:
-        tuning = {
-            arm: [
-                Training(arm, lr, experiment.seeds[0], experiment.tuning_epochs[kind(arm)])
-                for lr in LEARNING_RATES
-            ]
-            for arm in ARMS
-        }
     try:
-        if not bring([one for arm in tuning.values() for one in arm]):
+        tuning = tuning_of(experiment)
+        if not bring(one for arm in tuning.values() for one in arm):
             return unfinished(root)
-        if experiment.rates is None:
-            rates = {arm: best_rate(tuning[arm], root) for arm in ARMS}
-        else:
-            rates = {arm: (lr, {}) for arm, lr in experiment.rates.items()}
+        rates = rates_of(experiment, tuning, root)
         final = {
             arm: [
                 Training(arm, rates[arm][0], seed, experiment.epochs[arm])
@@ -344,7 +327,7 @@ def main() -> int:
             ]
             for arm in ARMS
         }
-        if not bring([one for arm in final.values() for one in arm]):
+        if not bring(one for arm in final.values() for one in arm):
             return unfinished(root)
     except KeyboardInterrupt:
         print()
@@ -367,35 +350,46 @@ def main() -> int:
             ],
             "thresholds": summarise(arm, runs, axis),
         }
-    everything = [
-        run["curve"][-1] for arm in arms.values() for run in arm["runs"] + arm["tuning_runs"]
-    ]
-    results = {
-        "machine": gpu_machine("cuda") if on_gpu else cpu_machine(),
-        "preset": options.preset,
-        "experiment": asdict(experiment),
-        "thresholds": list(THRESHOLDS),
-        "seconds": axis,
-        "total_seconds": sum(point[axis] for point in everything),
-        "arms": arms,
-    }
-    print_summary(results)
-    minutes = results["total_seconds"] / 60
-    print(
-        f"\n{len(everything)} runs took {minutes:.0f} minutes of training in all, {jobs} side by "
-        f"side; this command {(time.monotonic() - started) / 60:.0f} minutes."
+    last = [run["curve"][-1] for arm in arms.values() for run in arm["runs"] + arm["tuning_runs"]]
+    record = harness.make_record(
+        options,
+        preset=preset,
+        experiment=asdict(experiment),
+        thresholds=list(THRESHOLDS),
+        seconds=axis,
+        total_seconds=sum(point[axis] for point in last),
+        arms=arms,
     )
-    output = options.output or root
-    write_json(output / "convergence.json", results)
-    write_csv(output / "convergence.csv", results)
-    print(f"written: {output}/convergence.json, convergence.csv")
+    print_summary(record)
+    print(
+        f"\n{len(last)} runs took {record['total_seconds'] / 60:.0f} minutes of training in all, "
+        f"{jobs} side by side; this command {(time.monotonic() - started) / 60:.0f} minutes."
+    )
+    harness.keep_record(options, record)
+    if options.output:
+        write_csv(options.output.with_suffix(".csv"), record)
     return 0
+
+
+def tuning_of(experiment: Experiment) -> dict[str, list[Training]]:
+    """By arm, a run with each learning rate; none where the rates are given."""
+    if experiment.rates is not None:
+        return {arm: [] for arm in ARMS}
+    seed, epochs = experiment.seeds[0], experiment.tuning_epochs
+    return {
+        arm: [Training(arm, lr, seed, epochs[kind(arm)]) for lr in LEARNING_RATES] for arm in ARMS
+    }
+
+
+def rates_of(
+    experiment: Experiment, tuning: dict[str, list[Training]], root: Path
+) -> dict[str, tuple[float, dict[str, float]]]:
+    """By arm its learning rate, and what each that was tried came to."""
+    if experiment.rates is not None:
+        return {arm: (lr, {}) for arm, lr in experiment.rates.items()}
+    return {arm: best_rate(tuning[arm], root) for arm in ARMS}
 
 
 def unfinished(root: Path) -> int:
     print(f"Not finished. The runs are kept in {root}: the same command goes on with them.")
     return 3
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,41 +12,29 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
-from measure import (
-    ROOT,
-    Run,
-    Timer,
-    cpu_machine,
-    gpu_machine,
-    make_timer,
-    median,
-    peak_extra_memory,
-    silent_stderr,
-)
-from records import table_line, write_json
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import msda
 import msda.modules
-from msda.reference import ms_deform_attn_fused_reference
-from msda.testing import relative_error
-
-sys.path.insert(0, str(ROOT / "examples" / "deformable_detr"))
+from benchmarks.common import timing
+from benchmarks.common.accuracy import errors_of, require
+from benchmarks.common.harness import Table, add_record, all_cores, keep_record, make_record
+from benchmarks.common.machine import require_kernels
 from detector.config import PRESETS, ModelConfig, TrainConfig
 from detector.losses import SetCriterion, total
 from detector.model import DeformableDETR, build_model
+from msda.reference import ms_deform_attn_fused_reference
 
 PRESET = "r50_deformable_detr"
 OPERATORS = {"msda": msda.ms_deform_attn_fused, "reference": ms_deform_attn_fused_reference}
 AUTOCAST = {"off": None, "bf16": torch.bfloat16}
+QUICK_SIZE = (64, 96)
 NUM_OBJECTS = 8  # in the image; COCO's have 7 in the mean
 
 # Largest relative error (in the Euclidean norm) of the outputs, and of all gradients together. The
@@ -186,11 +174,11 @@ class Task:
         self.step()
         self.model.zero_grad()
 
-    def runs(self, direction: str) -> dict[str, Run]:
+    def runs(self, direction: str) -> dict[str, timing.Run]:
         """A direction's call on each operator."""
         call = {"forward": self.forward, "both": self.both}[direction]
 
-        def run_on(operator: Callable[..., Tensor]) -> Run:
+        def run_on(operator: Callable[..., Tensor]) -> timing.Run:
             def run() -> object:
                 with on(operator):
                     return call()
@@ -214,31 +202,33 @@ def results_of(task: Task) -> dict[str, Tensor]:
     return results
 
 
-def errors_of(task: Task) -> dict[str, float]:
+def checked(task: Task) -> dict[str, float]:
     """Relative errors of ours against the reference; refuses those beyond their limit."""
     results = {}
     for name, operator in OPERATORS.items():
         with on(operator):
             results[name] = results_of(task)
-    errors = {
-        name: relative_error(tensor, results["reference"][name])
-        for name, tensor in results["msda"].items()
-    }
+    errors = errors_of(results["msda"], results["reference"])
     of_outputs, of_gradients = LIMITS[task.amp]
-    for name, error in errors.items():
-        limit = of_gradients if name == "gradients" else of_outputs
-        if not error <= limit:  # NaN is more
-            raise AssertionError(f"{name} must differ by at most {limit:.0e}, got {error:.1e}")
+    require(errors, lambda name: of_gradients if name == "gradients" else of_outputs)
     return errors
 
 
-def rounds_of(timer: Timer, runs: Mapping[str, Run], rounds: int, calls: int) -> dict[str, float]:
-    """Median seconds of a call, of so many rounds in which each has its turn of ``calls``."""
+def rounds_of(
+    timer: timing.Timer, runs: Mapping[str, timing.Run], rounds: int, calls: int
+) -> dict[str, list[float]]:
+    """Seconds of a call in each of so many rounds, in which each has its turn of ``calls``."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             times[name].append(timer.per_call(run, calls))
-    return {name: median(samples) for name, samples in times.items()}
+    return times
+
+
+def rates(seconds: Sequence[float], images: int = 1) -> tuple[float, list[float]]:
+    """Images per second: of the median time, and of its quartiles from low to high."""
+    spread = [images / each for each in reversed(timing.quartiles(seconds))]
+    return images / timing.median(seconds), spread
 
 
 # ---- where the time goes -------------------------------------------------------------------------
@@ -275,13 +265,13 @@ def seconds_by_part(events: Sequence, device: str) -> dict[str, float]:
     return totals
 
 
-def profiled(task: Task, run: Run) -> dict[str, float]:
+def profiled(task: Task, run: timing.Run) -> dict[str, float]:
     """Seconds of each part in one call."""
     activities = [ProfilerActivity.CPU]
     if task.device == "cuda":
         activities.append(ProfilerActivity.CUDA)
     with (
-        silent_stderr(),
+        timing.silent_stderr(),
         profile(activities=activities) as profiler,
         record_function(RANGE + "other"),
     ):
@@ -293,88 +283,78 @@ def profiled(task: Task, run: Run) -> dict[str, float]:
 
 # ---- the run -------------------------------------------------------------------------------------
 
-WIDTHS = (-10, 13, 13, 9, 13, 13)
-PART_WIDTHS = (-10, -20, 14, 8, 14, 8)
 SIDES = ("reference", "msda")
 
 
-def measure(task: Task, direction: str, rounds: int, calls: int) -> dict:
+def measure(task: Task, direction: str, rounds: int, calls: int) -> dict[str, Any]:
     """Speed, memory and the time of each part, of both sides in one direction."""
     runs = task.runs(direction)
-    seconds = rounds_of(make_timer(task.device), runs, rounds, calls)
+    times = rounds_of(timing.make_timer(task.device), runs, rounds, calls)
+    speeds = {name: rates(samples, len(task.images)) for name, samples in times.items()}
     return {
         "direction": direction,
-        "images_per_second": {name: len(task.images) / each for name, each in seconds.items()},
-        "ratio": seconds["reference"] / seconds["msda"],
-        "extra_bytes": {name: peak_extra_memory(run, task.device) for name, run in runs.items()},
+        "images_per_second": {name: speed for name, (speed, _) in speeds.items()},
+        "quartiles": {name: spread for name, (_, spread) in speeds.items()},
+        "ratio": timing.median(times["reference"]) / timing.median(times["msda"]),
+        "extra_bytes": {
+            name: timing.peak_extra_memory(run, task.device) for name, run in runs.items()
+        },
         "part_seconds": {name: profiled(task, run) for name, run in runs.items()},
     }
 
 
 def print_rows(rows: Sequence[dict]) -> None:
-    print(table_line(("", "images/s", "", "extra memory, MB"), (-10, 26, 9, 26)))
-    print(table_line(("direction", *SIDES, "ratio", *SIDES), WIDTHS))
+    columns = {"direction": -11} | {f"{side}, images/s": 13 for side in SIDES} | {"ratio": 9}
+    table = Table(columns | {f"{side}, extra MB": 13 for side in SIDES})
     for row in rows:
-        cells = [row["direction"]]
-        cells += [f"{row['images_per_second'][side]:.3g}" for side in SIDES]
-        cells.append(f"{row['ratio']:.2f}x")
-        cells += [f"{row['extra_bytes'][side] / 1e6:.0f}" for side in SIDES]
-        print(table_line(cells, WIDTHS))
+        speeds = [f"{row['images_per_second'][side]:.3g}" for side in SIDES]
+        memory = [f"{row['extra_bytes'][side] / 1e6:.0f}" for side in SIDES]
+        table.add(row["direction"], *speeds, f"{row['ratio']:.2f}x", *memory)
 
 
 def print_parts(rows: Sequence[dict]) -> None:
-    print(
-        table_line(("direction", "part", "reference, s", "share", "msda, s", "share"), PART_WIDTHS)
-    )
+    columns = {"direction": -11, "part": -20}
+    table = Table(columns | {f"{side}{what}": 9 for side in SIDES for what in (", s", ", share")})
     for row in rows:
         for part in PARTS:
-            cells = [row["direction"], part]
+            cells = []
             for side in SIDES:
                 by_part = row["part_seconds"][side]
-                cells.append(f"{by_part[part]:.3f}")
-                cells.append(f"{by_part[part] / sum(by_part.values()):.1%}")
-            print(table_line(cells, PART_WIDTHS))
+                share = by_part[part] / sum(by_part.values())
+                cells += [f"{by_part[part]:.3f}", f"{share:.1%}"]
+            table.add(row["direction"], part, *cells)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_record(parser, rounds=3, threads=all_cores())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     parser.add_argument("--batch", type=int, default=1, help="images at once (default: 1)")
     parser.add_argument("--amp", choices=AUTOCAST, default="off", help="mixed precision")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args()
-    assert msda.info()["backend"] == "native", msda.info()["backend_reason"]
+
+
+def main(options: argparse.Namespace) -> int:
+    """Compare, then time both sides in both directions."""
+    require_kernels(options.device)
     torch.set_num_threads(options.threads)
-    on_gpu = options.device == "cuda"
-
-    config = PRESETS[PRESET].model
-    task = Task(config, options.size, options.batch, options.device, options.amp)
-    results: dict = {
-        "machine": gpu_machine("cuda") if on_gpu else cpu_machine(),
-        "preset": PRESET,
-        "device": options.device,
-        "size": list(options.size),
-        "batch": options.batch,
-        "amp": options.amp,
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "errors": errors_of(task),
-    }
-    errors = ", ".join(f"{name} {error:.1e}" for name, error in results["errors"].items())
-    print(f"relative errors against the reference operator: {errors}\n", flush=True)
-    calls = 10 if on_gpu else 1
-    results["rows"] = [measure(task, name, options.rounds, calls) for name in DIRECTIONS]
-    print_rows(results["rows"])
-    print()
-    print_parts(results["rows"])
-    if options.output:
-        write_json(options.output, results)
-        print(f"\nwritten: {options.output}")
+    size = QUICK_SIZE if options.quick else options.size
+    task = Task(PRESETS[PRESET].model, size, options.batch, options.device, options.amp)
+    record = make_record(
+        options,
+        preset=PRESET,
+        device=options.device,
+        size=list(size),
+        batch=options.batch,
+        amp=options.amp,
+        threads=options.threads,
+        rounds=options.rounds,
+        errors=checked(task),
+    )
+    errors = ", ".join(f"{name} {error:.1e}" for name, error in record["errors"].items())
+    print(f"relative errors against the reference operator: {errors}", flush=True)
+    calls = 10 if options.device == "cuda" else 1
+    record["rows"] = [measure(task, name, options.rounds, calls) for name in DIRECTIONS]
+    print_rows(record["rows"])
+    print_parts(record["rows"])
+    keep_record(options, record)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

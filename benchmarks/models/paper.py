@@ -4,30 +4,27 @@ Every preset of examples/ that has a row in the tables of Deformable DETR (arXiv
 to what was published. Multiply-adds are those of one image without padding: of convolutions and
 matrix products as PyTorch's FlopCounterMode counts them, and of the operator by the rule of
 msda/flops.py; what FlopCounterMode leaves out (norms, softmax, activations) is left out. No image
-is needed for counting; images/s are measured on forward passes as in inference, in turns. With
-``--output FILE`` writes what it prints as JSON for report.py.
+is needed for counting; images/s are measured on forward passes as in inference, in turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
-from bench_detector import make_images, make_model, rounds_of
-from measure import Run, cpu_machine, gpu_machine, make_timer
-from records import table_line, write_json
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import msda
-import msda.flops  # lets the counter count the operator
+import msda.flops  # noqa: F401  lets the counter count the operator
+from benchmarks.common.harness import Table, add_record, all_cores, keep_record, make_record
+from benchmarks.common.machine import require_kernels
+from benchmarks.common.timing import Run, make_timer
+from benchmarks.models.detector import QUICK_SIZE, make_images, make_model, rates, rounds_of
 from detector.config import PRESETS, ModelConfig
 from detector.model import build_model
 
@@ -105,8 +102,8 @@ def matching_width(
     return round(width + (wanted - multiply_adds_there) / slope)
 
 
-def speeds(size: Sequence[int], device: str, rounds: int, calls: int) -> dict[str, float]:
-    """Images per second of each preset, one image at a time."""
+def times_of(size: Sequence[int], device: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of a forward pass of each preset over one image, in each round."""
     images = make_images(size, device=device)
 
     def run_of(model: nn.Module) -> Run:
@@ -119,8 +116,7 @@ def speeds(size: Sequence[int], device: str, rounds: int, calls: int) -> dict[st
     runs = {name: run_of(make_model(PRESETS[name].model, device).eval()) for name in PUBLISHED}
     for run in runs.values():
         run()
-    seconds = rounds_of(make_timer(device), runs, rounds, calls)
-    return {name: 1 / each for name, each in seconds.items()}
+    return rounds_of(make_timer(device), runs, rounds, 10 if device == "cuda" else 1)
 
 
 def count(name: str, size: Sequence[int]) -> dict:
@@ -137,63 +133,53 @@ def count(name: str, size: Sequence[int]) -> dict:
     }
 
 
-WIDTHS = (-23, 9, 7, 7, 10, 9, 9, 6, 10, 7, 7, 7, 6)
-
-
 def print_rows(rows: Sequence[dict]) -> None:
-    groups = (sum(WIDTHS[1:4]), sum(WIDTHS[4:11]), sum(WIDTHS[11:]))
-    headings = ("parameters, M", "multiply-adds, G", "images/s")
-    print(table_line(("", *headings), (WIDTHS[0], *groups)))
-    names = ("trained", "all", "publ.", *PARTS, "rest", "sampling", "total", "publ.")
-    print(table_line(("", *names, "here", "V100"), WIDTHS))
+    columns = {"": -24, "M trained": 9, "all": 7, "publ.": 7}
+    columns |= {f"G {part}": 9 for part in (*PARTS, "rest", "sampling", "total")}
+    table = Table(columns | {"G publ.": 7, "images/s": 7, "V100": 6})
     for row in rows:
         published, giga = row["published"], row["multiply_adds"]
-        cells = [published["title"]]
-        cells += [f"{row['parameters'][kind] / 1e6:.2f}" for kind in ("trained", "all")]
-        cells.append(str(published["parameters_m"]))
-        cells += [f"{giga[part] / 1e9:.1f}" for part in (*PARTS, "rest", "sampling", "total")]
-        cells.append(str(published["flops_g"]))
-        cells.append(f"{row['images_per_second']:.3g}")
-        cells.append(f"{published['v100_images_per_second']:.1f}")
-        print(table_line(cells, WIDTHS))
+        table.add(
+            published["title"],
+            *(f"{row['parameters'][kind] / 1e6:.2f}" for kind in ("trained", "all")),
+            published["parameters_m"],
+            *(f"{giga[part] / 1e9:.1f}" for part in (*PARTS, "rest", "sampling", "total")),
+            published["flops_g"],
+            f"{row['images_per_second']:.3g}",
+            f"{published['v100_images_per_second']:.1f}",
+        )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_record(parser, rounds=3, threads=all_cores())
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each preset (default: 3)")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args()
-    assert msda.info()["backend"] == "native", msda.info()["backend_reason"]
-    torch.set_num_threads(options.threads)
-    on_gpu = options.device == "cuda"
 
-    rows = [count(name, options.size) for name in PUBLISHED]
-    by_name = speeds(options.size, options.device, options.rounds, 10 if on_gpu else 1)
+
+def main(options: argparse.Namespace) -> int:
+    """Count every published configuration, then time them in turn."""
+    require_kernels(options.device)
+    torch.set_num_threads(options.threads)
+    size = QUICK_SIZE if options.quick else options.size
+    rows: list[dict[str, Any]] = [count(name, size) for name in PUBLISHED]
+    times = times_of(size, options.device, options.rounds)
     for row in rows:
-        row["images_per_second"] = by_name[row["preset"]]
-    height, width = options.size
+        row["images_per_second"], row["quartiles"] = rates(times[row["preset"]])
     print(
-        f"one image of {height} x {width}, float32, {options.device}, {options.threads} threads\n"
+        "one image of {} x {}, float32, {}, {} threads".format(
+            *size, options.device, options.threads
+        )
     )
     print_rows(rows)
     widths = ", ".join(f"{row['published']['title']}: {row['matching_width']}" for row in rows)
-    print(f"\nwidth at height {height} for which our count is the published one: {widths}")
-    if options.output:
-        results = {
-            "machine": gpu_machine("cuda") if on_gpu else cpu_machine(),
-            "device": options.device,
-            "size": list(options.size),
-            "threads": options.threads,
-            "rounds": options.rounds,
-            "rows": rows,
-        }
-        write_json(options.output, results)
-        print(f"written: {options.output}")
+    print(f"\nwidth at height {size[0]} for which our count is the published one: {widths}")
+    record = make_record(
+        options,
+        device=options.device,
+        size=list(size),
+        threads=options.threads,
+        rounds=options.rounds,
+        rows=rows,
+    )
+    keep_record(options, record)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,10 +2,9 @@
 
 Before: the standard operators that ``msda.onnx`` writes. After: our node, computed by the kernels.
 The same weights, inputs and process; outputs are compared first, with the operator's within 1e-5,
-then all rivals of a line are timed in turn. The share of the operator in the detector is what the
+then all sides of a model are timed in turn. The share of the operator in the detector is what the
 node takes by the runtime's own profile. A copy of all that a node reads and writes is timed beside
-it: what a runtime would cost that could not hand over memory. With ``--output FILE`` writes what it
-prints as JSON for report.py.
+it: what a runtime would cost that could not hand over memory.
 
 Needs the packages openvino and onnxruntime, and of csrc/runtimes what ``make executor`` builds: a
 runtime without its library is left out, and named. Times are of float32.
@@ -17,7 +16,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -29,26 +27,38 @@ import numpy as np
 import onnxruntime
 import openvino
 import torch
-from bench_detector import make_images, make_model
-from measure import ROOT, Run, SettledTimer, cpu_machine, median, quartiles, take_turns
-from records import table_line, write_json
 from torch import Tensor, nn
-from workloads import CPU_WORKLOADS
 
 import msda
 import msda.onnx
 import msda.openvino
-from msda.testing import relative_error
-
-sys.path.insert(0, str(ROOT / "examples" / "deformable_detr"))
+from benchmarks.common import harness
+from benchmarks.common.accuracy import errors_of, require
+from benchmarks.common.machine import require_kernels
+from benchmarks.common.timing import Run, SettledTimer, median, quartiles, take_turns
+from benchmarks.models.detector import make_images, make_model
+from benchmarks.workloads import CPU_WORKLOADS, sized
 from detector.config import PRESETS, ModelConfig
 
-BUILD = Path(os.environ.get("MSDA_BUILD_DIR") or ROOT / "build" / "cmake") / "csrc" / "runtimes"
+BUILD = (
+    Path(os.environ.get("MSDA_BUILD_DIR") or harness.ROOT / "build" / "cmake") / "csrc" / "runtimes"
+)
 LIMIT = 1e-5  # of relative errors
 # Twelve layers of attention and fifty of convolution, each in another order of sums.
 DETECTOR_LIMIT = 1e-4
-WIDTHS = (-16, -22, 8, 10, 10, 8, 9, 8)
 SIZES = {"detector-small": (256, 320), "detector": (800, 1333)}  # height, width
+# To try the command.
+QUICK_CONFIG = ModelConfig(
+    backbone="tiny",
+    hidden_dim=64,
+    num_heads=4,
+    num_encoder_layers=1,
+    num_decoder_layers=1,
+    feedforward_dim=96,
+    num_queries=20,
+    num_feature_levels=3,
+)
+QUICK_SIZE = (64, 96)
 
 
 # ---- models --------------------------------------------------------------------------------------
@@ -89,15 +99,17 @@ class Model:
     limit: float
 
 
-def make(name: str, config: ModelConfig) -> Model:
+def make(name: str, quick: bool) -> Model:
     """A model by name: of CPU_WORKLOADS or of SIZES."""
     if name in CPU_WORKLOADS:
-        workload = CPU_WORKLOADS[name]
+        workload = sized(CPU_WORKLOADS[name], quick)
         inputs = workload.fused(torch.float32)
         module: nn.Module = Operator(workload.spatial_shapes)
         arguments, limit = inputs.tensors(), LIMIT
     else:
-        module, arguments, limit = Detector(config), (make_images(SIZES[name]),), DETECTOR_LIMIT
+        module = Detector(QUICK_CONFIG if quick else PRESETS["r50_deformable_detr"].model)
+        arguments = (make_images(QUICK_SIZE if quick else SIZES[name]),)
+        limit = DETECTOR_LIMIT
     with torch.no_grad():
         outputs = module.eval()(*arguments)
     outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -165,7 +177,7 @@ class InONNXRuntime:
     ) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        # Its threads would otherwise wait busily while the next rival is timed.
+        # Its threads would otherwise wait busily while the next side is timed.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.enable_profiling = with_profile
         options.profile_file_prefix = str(path.with_suffix(""))
@@ -200,7 +212,7 @@ def built(name: str) -> str | None:
 
 @dataclass(frozen=True)
 class Side:
-    """A rival of a line: how a model is loaded."""
+    """One way to run a model: how it is loaded."""
 
     runtime: str
     load: Callable[..., InOpenVINO | InONNXRuntime]
@@ -243,14 +255,13 @@ def in_torch(model: Model) -> Run:
     return run
 
 
-def measure(
-    name: str, config: ModelConfig, threads: int, budget: float
-) -> Iterator[dict[str, Any]]:
+def measure(name: str, threads: int, budget: float, quick: bool) -> Iterator[dict[str, Any]]:
     """Lines of the table: of each runtime before and after, and of torch."""
     torch.set_num_threads(threads)
-    model = make(name, config)
+    model = make(name, quick)
     arrays = [tensor.numpy() for tensor in model.arguments]
-    rivals = sides()
+    expected = {f"output {number}": output for number, output in enumerate(model.outputs)}
+    by_name = sides()
     with tempfile.TemporaryDirectory() as folder:
         runs: dict[str, Run] = {"torch": in_torch(model)}
         if name in CPU_WORKLOADS:
@@ -260,89 +271,66 @@ def measure(
         for as_node in (None, "msda"):
             files[as_node] = Path(folder) / f"{as_node}.onnx"
             export(model, files[as_node], as_node)
-        for side, rival in rivals.items():
-            loaded = rival.load(files[rival.as_node], threads, rival.library)
-            runs[side] = lambda loaded=loaded: loaded.run(arrays)
-            outputs = [torch.from_numpy(np.array(output)) for output in loaded.run(arrays)]
-            errors[side] = max(
-                relative_error(output, expected)
-                for output, expected in zip(outputs, model.outputs, strict=True)
-            )
-            assert errors[side] <= model.limit, (
-                f"{side} must agree to {model.limit:g}, got {errors[side]:.1e}"
-            )
-            if rival.as_node is not None:
-                profiled = rival.load(files[rival.as_node], threads, rival.library, True)
-                shares[side] = share_of_operator(profiled.profile(arrays))
-        times = take_turns(SettledTimer(), runs, cold=False, budget=budget, least=3)
-    medians = {side: median(samples) for side, samples in times.items()}
-    for side in runs:
-        before = rivals[side].runtime if side in rivals else None
+        for title, side in by_name.items():
+            loaded = side.load(files[side.as_node], threads, side.library)
+            runs[title] = lambda loaded=loaded: loaded.run(arrays)
+            outputs = map(torch.from_numpy, map(np.array, loaded.run(arrays)))
+            found = errors_of(dict(zip(expected, outputs, strict=True)), expected)
+            require(found, lambda _: model.limit, title)
+            errors[title] = max(found.values())
+            if side.as_node is not None:
+                profiled = side.load(files[side.as_node], threads, side.library, True)
+                shares[title] = share_of_operator(profiled.profile(arrays))
+        times = take_turns(SettledTimer(), runs, budget=budget, least=3)
+    medians = {title: median(samples) for title, samples in times.items()}
+    for title in runs:
+        before = by_name[title].runtime if title in by_name else None
         yield {
             "model": name,
             "threads": threads,
-            "side": side,
-            "ms": medians[side] * 1e3,
-            "quartiles_ms": [quartile * 1e3 for quartile in quartiles(times[side])],
-            "ratio": medians[before] / medians[side] if before else None,
-            "operator_share": shares.get(side),
-            "error": errors.get(side),
+            "side": title,
+            "ms": medians[title] * 1e3,
+            "quartiles_ms": [quartile * 1e3 for quartile in quartiles(times[title])],
+            "ratio": medians[before] / medians[title] if before else None,
+            "operator_share": shares.get(title),
+            "error": errors.get(title),
         }
 
 
-def print_row(row: dict[str, Any]) -> None:
+def add_row(table: harness.Table, row: dict[str, Any]) -> None:
     lower, upper = row["quartiles_ms"]
-    cells = (
-        row["model"],
-        row["side"],
-        str(row["threads"]),
+    table.add(
+        *(row[name] for name in ("model", "side", "threads")),
         f"{row['ms']:.2f}",
         f"{lower:.0f}-{upper:.0f}",
         "" if row["ratio"] is None else f"{row['ratio']:.2f}x",
         "" if row["error"] is None else f"{row['error']:.0e}",
         "" if row["operator_share"] is None else f"{row['operator_share']:.0%}",
     )
-    print(table_line(cells, WIDTHS), flush=True)
 
 
-def main() -> int:
-    names = (*CPU_WORKLOADS, *SIZES)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", choices=names, action="append", help="default: all")
-    parser.add_argument("--threads", type=int, action="append", help="default: 1 and all cores")
-    parser.add_argument("--seconds", type=float, default=60, help="for each model (default: 60)")
-    parser.add_argument("--quick", action="store_true", help="small models, to try the benchmark")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args()
-    assert msda.info()["backend"] == "native", msda.info()["backend_reason"]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_record(parser, seconds=60.0)
+    harness.add_choice(parser, "model", (*CPU_WORKLOADS, *SIZES))
+    harness.add_thread_counts(parser)
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure every model asked for."""
+    require_kernels()
     for name in ("msda_openvino", "msda_onnxruntime"):
         if built(name) is None:
             print(f"without lib{name}, which was not built (csrc/runtimes/CMakeLists.txt)")
-    config = PRESETS["r50_deformable_detr"].model
-    budget = options.seconds
-    if options.quick:
-        config = ModelConfig(
-            backbone="tiny", hidden_dim=64, num_heads=4, num_encoder_layers=1,
-            num_decoder_layers=1, feedforward_dim=96, num_queries=20, num_feature_levels=3,
-        )  # fmt: skip
-        CPU_WORKLOADS.update({name: one.tiny() for name, one in CPU_WORKLOADS.items()})
-        SIZES.update(dict.fromkeys(SIZES, (64, 96)))
-        budget = 0.1
-
-    header = ("model", "in", "threads", "ms", "quartiles", "ratio", "error", "share")
-    print(table_line(header, WIDTHS))
     rows: list[dict[str, Any]] = []
-    for name in options.model or names:
-        for threads in options.threads or sorted({1, os.cpu_count() or 1}):
-            for row in measure(name, config, threads, budget):
+    record = harness.make_record(options, "openvino", "onnxruntime", rows=rows)
+    harness.print_machine(record)
+    columns = {"model": -16, "in": -22, "threads": 8, "ms": 10, "quartiles": 10, "ratio": 8}
+    table = harness.Table(columns | {"error": 9, "share": 8})
+    budget = 0.1 if options.quick else options.seconds
+    for name in options.model or (*CPU_WORKLOADS, *SIZES):
+        for threads in harness.thread_counts(options):
+            for row in measure(name, threads, budget, options.quick):
                 rows.append(row)
-                print_row(row)
-    if options.output:
-        versions = {"openvino": openvino.__version__, "onnxruntime": onnxruntime.__version__}
-        write_json(options.output, {"machine": cpu_machine() | versions, "rows": rows})
-        print(f"written: {options.output}")
+                add_row(table, row)
+    harness.keep_record(options, record)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,7 +4,7 @@ The tokens are all pixels of the pyramid of a square image (strides 8, 16, 32, 6
 query. The layer is one attention module: MSDeformAttn against PyTorch's MultiheadAttention, whose
 scaled_dot_product_attention must run by flash attention. The encoder is the detector's: six layers,
 each with a feed-forward net. "both" is a forward and a backward call as in training, with the
-gradients of features and parameters. Each rival is first compared with its definition.
+gradients of features and parameters. Each side is first compared with its definition.
 
 A point whose time, taken on by the square of the tokens (dense) or by the tokens (msda) from the
 size before, would not fit in ``--seconds``, or whose memory would not fit in what is free, is not
@@ -12,8 +12,7 @@ measured. Its value is computed by a law fitted to the measured points and marke
 counted by torch.utils.flop_counter: 2 for a multiply-add, in matrix products and, by the rule of
 msda.flops, in the sampling. What flash attention computes again in backward does not count.
 
-Prints a table, fitted exponents and where the curves cross; with ``--output FILE`` writes them as
-JSON for report.py and plots.py.
+Prints a table, fitted exponents and where the curves cross.
 """
 
 from __future__ import annotations
@@ -21,45 +20,30 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from measure import (
-    Run,
-    Timer,
-    cpu_machine,
-    gpu_machine,
-    make_timer,
-    median,
-    peak_extra_memory,
-    quartiles,
-    seconds,
-    take_turns,
-)
-from records import table_line, write_json
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-# The example is no package that is installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "deformable_detr"))
-
 import msda
 import msda.flops  # tells the counter about our operators
+from benchmarks.common import harness, timing
+from benchmarks.common.accuracy import errors_of, require
+from benchmarks.common.machine import require_kernels
 from detector.config import ModelConfig
 from detector.dense import DenseTransformer
 from detector.transformer import DeformableTransformer, Encoder, Tokens, flatten_levels
 from msda.reference import ms_deform_attn_fused_reference
-from msda.testing import TOLERANCES, available_memory, relative_error
+from msda.testing import TOLERANCES, available_memory
 
-RIVALS = ("dense", "msda")
-THINGS = ("layer", "encoder")
+ATTENTIONS = ("dense", "msda")
+PARTS = ("layer", "encoder")
 DIRECTIONS = ("forward", "both")
 STRIDES = (8, 16, 32, 64)
 SIDES = (32, 64, 128, 256, 384, 512, 640, 800, 1024, 1280, 1536, 2048)
@@ -79,17 +63,17 @@ FREE_SHARE = 0.6  # of the free memory may be used
 class Case:
     """What is timed in one series of rows."""
 
-    thing: str
+    part: str
     direction: str
 
 
-def make_encoder(rival: str) -> Encoder:
+def make_encoder(name: str) -> Encoder:
     """The detector's encoder with one of the two attentions, initialised as the paper's.
 
     A new MSDeformAttn samples one pattern around every query. The weights of its offsets and logits
     are drawn such that unit normal features move samples by some 2.5 pixels.
     """
-    transformer = {"dense": DenseTransformer, "msda": DeformableTransformer}[rival]
+    transformer = {"dense": DenseTransformer, "msda": DeformableTransformer}[name]
     encoder = transformer(CONFIG).encoder
     for module in encoder.modules():
         if isinstance(module, msda.MSDeformAttn):
@@ -118,9 +102,9 @@ def make_tokens(side: int, dtype: torch.dtype) -> Tokens:
     return replace(tokens, features=tokens.features.contiguous())
 
 
-def part_of(thing: str, encoder: Encoder) -> tuple[nn.Module, Callable[[Tokens], Tensor]]:
+def part_of(part: str, encoder: Encoder) -> tuple[nn.Module, Callable[[Tokens], Tensor]]:
     """The module that is timed, and its call."""
-    if thing == "encoder":
+    if part == "encoder":
         return encoder, encoder
     layer = encoder.layers[0]
     return layer.self_attn, lambda tokens: layer.attend(tokens.features, tokens)
@@ -131,9 +115,9 @@ def with_leaf(tokens: Tokens) -> Tokens:
     return replace(tokens, features=tokens.features.detach().clone().requires_grad_())
 
 
-def call_of(case: Case, encoder: Encoder, tokens: Tokens) -> Run:
+def call_of(case: Case, encoder: Encoder, tokens: Tokens) -> timing.Run:
     """One call to time; "both" returns the gradients of the features and of the parameters."""
-    module, compute = part_of(case.thing, encoder)
+    module, compute = part_of(case.part, encoder)
     if case.direction == "forward":
         return torch.no_grad()(lambda: compute(tokens))
     tokens = with_leaf(tokens)
@@ -184,36 +168,36 @@ DEFINITIONS: dict[str, Callable[[Any, Tokens], Tensor]] = {
 }
 
 
-def assert_equal(rival: str, encoder: Encoder, tokens: Tokens) -> None:
-    """Output and gradient of a layer's attention against its definition."""
+def check(name: str, encoder: Encoder, tokens: Tokens) -> None:
+    """Refuse an attention whose layer has another output or gradient than its definition."""
     tokens = with_leaf(tokens)
     attention, compute = part_of("layer", encoder)
-    output, expected = compute(tokens), DEFINITIONS[rival](attention, tokens)
-    tolerance = TOLERANCES[output.dtype]
-    # A rounding in each of the projections, and the one of the attention.
-    assert relative_error(output, expected) < 5 * tolerance, rival
-    grad_output = torch.randn_like(output)
-    (gradient,) = torch.autograd.grad(output, tokens.features, grad_output)
-    (exact,) = torch.autograd.grad(expected, tokens.features, grad_output.to(expected.dtype))
-    # Where rounding moves a sample across a cell edge, its gradient is the other cell's.
-    assert relative_error(gradient, exact) < max(2e-3, 10 * tolerance), rival
+    grad_output, results = torch.randn_like(tokens.features), []
+    for output in (compute(tokens), DEFINITIONS[name](attention, tokens)):
+        (gradient,) = torch.autograd.grad(output, tokens.features, grad_output.to(output.dtype))
+        results.append({"output": output.detach(), "gradient": gradient})
+    tolerance = TOLERANCES[tokens.features.dtype]
+    # A rounding in each of the projections, and the one of the attention. Where rounding moves a
+    # sample across a cell edge, its gradient is the other cell's.
+    limits = {"output": 5 * tolerance, "gradient": max(2e-3, 10 * tolerance)}
+    require(errors_of(*results), limits.__getitem__, name)
 
 
 # ---- FLOPs ---------------------------------------------------------------------------------------
 
 
 @functools.cache
-def encoder_without_data(rival: str) -> Encoder:
+def encoder_without_data(name: str) -> Encoder:
     """An encoder to count with."""
     with torch.device("meta"):
-        return make_encoder(rival)
+        return make_encoder(name)
 
 
-def flops_of(case: Case, rival: str, side: int) -> int:
+def flops_of(case: Case, name: str, side: int) -> int:
     """What a call computes, counted on tensors without data."""
     backward = case.direction == "both"
     with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(backward):
-        _, compute = part_of(case.thing, encoder_without_data(rival))
+        _, compute = part_of(case.part, encoder_without_data(name))
         tokens = with_leaf(make_tokens(side, torch.float32))
         with FlopCounterMode(display=False) as counter:
             output = compute(tokens)
@@ -282,15 +266,15 @@ def crossover(
     return None
 
 
-def measured_points(rows: list[dict], rival: str, quantity: str) -> tuple[list[int], list[float]]:
+def measured_points(rows: list[dict], name: str, quantity: str) -> tuple[list[int], list[float]]:
     """Tokens and values of what was measured in one series of rows, of images that are no toys.
 
     Of smaller ones where there are no others.
     """
     points = [
-        (row["side"], row["tokens"], row["rivals"][rival][quantity])
+        (row["side"], row["tokens"], row["attentions"][name][quantity])
         for row in rows
-        if row["rivals"][rival]["computed"] is None
+        if row["attentions"][name]["computed"] is None
     ]
     chosen = [point for point in points if point[0] >= SMALLEST_IMAGE] or points
     return [tokens for _, tokens, _ in chosen], [value for _, _, value in chosen]
@@ -299,15 +283,15 @@ def measured_points(rows: list[dict], rival: str, quantity: str) -> tuple[list[i
 def fits_of(case: Case, rows: list[dict]) -> list[dict[str, Any]]:
     """The exponents of one series of rows, over all fitted points and over the larger half."""
     fits = []
-    for rival in RIVALS:
-        for quantity, powers in (("ms", TIME_POWERS[rival]), ("extra_bytes", MEMORY_POWERS)):
-            sizes, values = measured_points(rows, rival, quantity)
+    for name in ATTENTIONS:
+        for quantity, powers in (("ms", TIME_POWERS[name]), ("extra_bytes", MEMORY_POWERS)):
+            sizes, values = measured_points(rows, name, quantity)
             half = len(sizes) // 2
             fits.append(
                 {
-                    "thing": case.thing,
+                    "part": case.part,
                     "direction": case.direction,
-                    "rival": rival,
+                    "attention": name,
                     "quantity": quantity,
                     "tokens": sizes,
                     "exponent": exponent(sizes, values),
@@ -322,13 +306,15 @@ def fits_of(case: Case, rows: list[dict]) -> list[dict[str, Any]]:
 def crossover_of(case: Case, rows: list[dict]) -> dict[str, Any]:
     """Where the two times of one series of rows cross, in tokens and pixels of the image's side."""
     whole = [
-        row for row in rows if all(entry["computed"] is None for entry in row["rivals"].values())
+        row
+        for row in rows
+        if all(entry["computed"] is None for entry in row["attentions"].values())
     ]
-    found: dict[str, Any] = {"thing": case.thing, "direction": case.direction}
+    found: dict[str, Any] = {"part": case.part, "direction": case.direction}
     if not whole:
         return found | {"tokens": None, "side": None, "where": "nothing was measured"}
     sizes = [row["tokens"] for row in whole]
-    times = [[row["rivals"][rival]["ms"] for row in whole] for rival in RIVALS]
+    times = [[row["attentions"][name]["ms"] for row in whole] for name in ATTENTIONS]
     tokens = crossover(sizes, *times)
     if tokens is None:
         where = f"below the smallest size measured, {whole[0]['side']} pixels"
@@ -350,7 +336,7 @@ class Setup:
 
     device: str
     dtype: torch.dtype
-    timer: Timer
+    timer: timing.Timer
     encoders: dict[str, Encoder]
     budget: float  # seconds that one point may take
 
@@ -361,16 +347,16 @@ def free_memory(device: str) -> float:
     return FREE_SHARE * free
 
 
-def refusal(setup: Setup, rows: list[dict], rival: str, tokens: int) -> str | None:
+def refusal(setup: Setup, rows: list[dict], name: str, tokens: int) -> str | None:
     """Why a point is not measured, judged by the one before; None where it is."""
     if not rows or rows[-1]["side"] < SMALLEST_IMAGE:
         return None
-    last = rows[-1]["rivals"][rival]
+    last = rows[-1]["attentions"][name]
     if last["computed"] is not None:
         return last["computed"]
     growth = tokens / rows[-1]["tokens"]
     # One call for the memory, which is the warm-up too, and one that is timed.
-    needed = 2 * last["ms"] * 1e-3 * growth ** max(TIME_POWERS[rival])
+    needed = 2 * last["ms"] * 1e-3 * growth ** max(TIME_POWERS[name])
     if needed > setup.budget:
         return f"time: two calls would take more than {setup.budget:g} s"
     memory, free = last["extra_bytes"] * growth, free_memory(setup.device)
@@ -379,11 +365,11 @@ def refusal(setup: Setup, rows: list[dict], rival: str, tokens: int) -> str | No
     return None
 
 
-def computed(rows: list[dict], rival: str, tokens: int, reason: str) -> dict[str, Any]:
+def computed(rows: list[dict], name: str, tokens: int, reason: str) -> dict[str, Any]:
     """What the measured points say about one that is not."""
     values = {
-        quantity: at(law(*measured_points(rows, rival, quantity), powers), tokens)
-        for quantity, powers in (("ms", TIME_POWERS[rival]), ("extra_bytes", MEMORY_POWERS))
+        quantity: at(law(*measured_points(rows, name, quantity), powers), tokens)
+        for quantity, powers in (("ms", TIME_POWERS[name]), ("extra_bytes", MEMORY_POWERS))
     }
     return values | {"computed": reason}
 
@@ -391,80 +377,84 @@ def computed(rows: list[dict], rival: str, tokens: int, reason: str) -> dict[str
 def measure_row(setup: Setup, case: Case, side: int, rows: list[dict]) -> dict[str, Any]:
     """One line of the table; ``rows`` are those of the same case and smaller sizes."""
     tokens_count = tokens_of(side)
+    memory_of = functools.partial(timing.peak_extra_memory, device=setup.device)
     results: dict[str, dict[str, Any]] = {}
     short, long = {}, {}
     with torch.device(setup.device):
         tokens = make_tokens(side, setup.dtype)
-    for rival in RIVALS:
-        reason = refusal(setup, rows, rival, tokens_count)
+    for name in ATTENTIONS:
+        reason = refusal(setup, rows, name, tokens_count)
         if reason is None:
-            run = call_of(case, setup.encoders[rival], tokens)
+            run = call_of(case, setup.encoders[name], tokens)
             extra: list[int] = []
             try:
-                taken = seconds(lambda: extra.append(peak_extra_memory(run, setup.device)))  # noqa: B023
+                taken = timing.seconds(lambda: extra.append(memory_of(run)))  # noqa: B023
             except torch.OutOfMemoryError as error:
                 reason = f"memory: {error}"
             else:
-                (short if taken < setup.budget / 30 else long)[rival] = run
-                results[rival] = {"extra_bytes": extra[0], "computed": None}
+                (short if taken < setup.budget / 30 else long)[name] = run
+                results[name] = {"extra_bytes": extra[0], "computed": None}
         if reason is not None:
             if not rows:
                 raise SystemExit(f"the first of sides must fit, got {side}: {reason}")
-            results[rival] = computed(rows, rival, tokens_count, reason)
+            results[name] = computed(rows, name, tokens_count, reason)
     # Only short calls take turns: those for which it takes little to be repeated and to wait.
-    times = take_turns(setup.timer, short, cold=False, budget=setup.budget / 15) if short else {}
-    times |= {rival: [setup.timer.per_call(run, 1)] for rival, run in long.items()}
-    for rival, samples in times.items():
-        results[rival] |= {
-            "ms": median(samples) * 1e3,
-            "quartiles_ms": [quartile * 1e3 for quartile in quartiles(samples)],
-            "rounds": len(samples),
-        }
-    for rival in RIVALS:
-        results[rival]["flops"] = flops_of(case, rival, side)
+    times = timing.take_turns(setup.timer, short, budget=setup.budget / 15) if short else {}
+    times |= {name: [setup.timer.per_call(run, 1)] for name, run in long.items()}
+    for name, samples in times.items():
+        results[name] |= timing.summary(samples)
+    for name in ATTENTIONS:
+        results[name]["flops"] = flops_of(case, name, side)
     return {
-        "thing": case.thing,
+        "part": case.part,
         "direction": case.direction,
         "side": side,
         "tokens": tokens_count,
         "ratio": results["dense"]["ms"] / results["msda"]["ms"],
-        "rivals": results,
+        "attentions": results,
     }
 
 
 # ---- printing ------------------------------------------------------------------------------------
 
-WIDTHS = (-9, -9, 5, 8, 14, 12, 9, 11, 10, 11, 10)
+COLUMNS = {
+    "part": -9,
+    "direction": -10,
+    "side": 6,
+    "tokens": 8,
+    "dense, ms": 14,
+    "msda, ms": 12,
+    "ratio": 9,
+    "dense, MB": 11,
+    "msda, MB": 10,
+    "dense, GFLOP": 11,
+    "msda, GFLOP": 10,
+}
 
 
-def print_headings() -> None:
-    above = ["", "", "", "", "time, ms", "", "", "extra memory, MB", "", "GFLOP", ""]
-    print(table_line([cell and f" {cell}" for cell in above], WIDTHS).rstrip())
-    pairs = ["dense", "msda", "ratio", "dense", "msda", "dense", "msda"]
-    print(table_line(["thing", "direction", "side", "tokens", *pairs], WIDTHS))
-
-
-def print_row(row: dict[str, Any]) -> None:
-    rivals = row["rivals"]
-    mark = {name: "" if rival["computed"] is None else "~" for name, rival in rivals.items()}
+def add_row(table: harness.Table, row: dict[str, Any]) -> None:
+    by_name = row["attentions"]
+    mark = {name: "" if one["computed"] is None else "~" for name, one in by_name.items()}
 
     def cells(quantity: str, unit: float, form: str) -> list[str]:
-        return [f"{mark[name]}{rivals[name][quantity] / unit:{form}}" for name in RIVALS]
+        return [f"{mark[name]}{by_name[name][quantity] / unit:{form}}" for name in ATTENTIONS]
 
-    line = [row["thing"], row["direction"], str(row["side"]), str(row["tokens"])]
-    line += [*cells("ms", 1, ".3f"), f"{max(mark.values())}{row['ratio']:.1f}x"]
-    line += cells("extra_bytes", 1e6, ".1f")
-    line += [f"{rivals[name]['flops'] / 1e9:.2f}" for name in RIVALS]
-    print(table_line(line, WIDTHS), flush=True)
+    table.add(
+        *(row[name] for name in ("part", "direction", "side", "tokens")),
+        *cells("ms", 1, ".3f"),
+        f"{max(mark.values())}{row['ratio']:.1f}x",
+        *cells("extra_bytes", 1e6, ".1f"),
+        *(f"{by_name[name]['flops'] / 1e9:.2f}" for name in ATTENTIONS),
+    )
 
 
 def print_ending(results: dict[str, Any]) -> None:
     print("\nratio: time of dense attention over ours. ~: computed, not measured, because of")
     reasons = {
-        f"  {row['thing']}, {row['direction']}, {name}: {rival['computed']}"
+        f"  {row['part']}, {row['direction']}, {name}: {one['computed']}"
         for row in results["rows"]
-        for name, rival in row["rivals"].items()
-        if rival["computed"] is not None
+        for name, one in row["attentions"].items()
+        if one["computed"] is not None
     }
     print("\n".join(sorted(reasons)) or "  (nothing)")
     print("\nexponents of the number of tokens, over the measured points (over the larger half):")
@@ -473,11 +463,11 @@ def print_ending(results: dict[str, Any]) -> None:
             continue
         half = fit["half_exponent"]
         more = "" if half is None else f" ({half:.2f}, {fit['half']} points)"
-        what = f"{fit['thing']}, {fit['direction']}, {fit['rival']}, {NAMES[fit['quantity']]}:"
+        what = f"{fit['part']}, {fit['direction']}, {fit['attention']}, {NAMES[fit['quantity']]}:"
         print(f"  {what:<34}{fit['exponent']:.2f}, {len(fit['tokens'])} points{more}")
     print("\nmsda is the faster one from where on:")
     for found in results["crossovers"]:
-        print(f"  {found['thing']}, {found['direction']}: {found['where']}")
+        print(f"  {found['part']}, {found['direction']}: {found['where']}")
 
 
 NAMES = {"ms": "time", "extra_bytes": "memory"}
@@ -485,59 +475,51 @@ NAMES = {"ms": "time", "extra_bytes": "memory"}
 # ---- the command ---------------------------------------------------------------------------------
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_record(parser, seconds=60.0, threads=harness.all_cores())
     parser.add_argument("--sides", type=int, nargs="+", default=SIDES, help="of images, in pixels")
-    parser.add_argument("--thing", choices=THINGS, action="append", help="default: both")
-    parser.add_argument("--direction", choices=DIRECTIONS, action="append", help="default: both")
+    harness.add_choice(parser, "part", PARTS)
+    harness.add_choice(parser, "direction", DIRECTIONS)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all cores")
-    parser.add_argument("--seconds", type=float, default=60, help="for a point (default: 60)")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    options = parser.parse_args()
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure every size, then fit what was measured."""
     if options.device == "cuda" and options.dtype == "float32":
-        parser.error("--dtype must be of 16 bits on cuda, as flash attention is, got float32")
-    assert msda.info()["backend"] == "native", msda.info()["backend_reason"]
+        sys.exit("--dtype must be of 16 bits on cuda, as flash attention is, got float32")
+    require_kernels(options.device)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
+    if options.quick:
+        options.sides, options.seconds = (32, 64), 0.01
 
     dtype, device = DTYPES[options.dtype], options.device
-    encoders = {rival: make_encoder(rival).to(device, dtype) for rival in RIVALS}
-    setup = Setup(device, dtype, make_timer(device), encoders, options.seconds)
-    results: dict[str, Any] = {
-        "machine": gpu_machine(device) if device == "cuda" else cpu_machine(),
-        "dtype": options.dtype,
-        "threads": options.threads,
-        "rows": [],
-        "fits": [],
-        "crossovers": [],
-    }
-    print(*(f"{key}: {text}" for key, text in results["machine"].items()), sep=", ")
-    print_headings()
+    encoders = {name: make_encoder(name).to(device, dtype) for name in ATTENTIONS}
+    setup = Setup(device, dtype, timing.make_timer(device), encoders, options.seconds)
+    record = harness.make_record(
+        options, dtype=options.dtype, threads=options.threads, rows=[], fits=[], crossovers=[]
+    )
+    harness.print_machine(record)
+    table = harness.Table(COLUMNS)
     sides = sorted(options.sides)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         for side in [side for side in sides if side <= SMALLEST_IMAGE] or sides[:1]:
             with torch.device(device):
                 tokens = make_tokens(side, dtype)
-            for rival, encoder in encoders.items():
-                assert_equal(rival, encoder, tokens)
-        for thing in options.thing or THINGS:
+            for name, encoder in encoders.items():
+                check(name, encoder, tokens)
+        for part in options.part or PARTS:
             for direction in options.direction or DIRECTIONS:
-                case, rows = Case(thing, direction), []
+                case, rows = Case(part, direction), []
                 for side in sides:
                     rows.append(measure_row(setup, case, side, rows))
-                    print_row(rows[-1])
-                results["rows"] += rows
-                results["fits"] += fits_of(case, rows)
-                results["crossovers"].append(crossover_of(case, rows))
+                    add_row(table, rows[-1])
+                record["rows"] += rows
+                record["fits"] += fits_of(case, rows)
+                record["crossovers"].append(crossover_of(case, rows))
                 if options.output:
-                    write_json(options.output, results)
-    print_ending(results)
-    if options.output:
-        print(f"written: {options.output}")
+                    harness.write_json(options.output, record)
+    print_ending(record)
+    harness.keep_record(options, record)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

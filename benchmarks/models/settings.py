@@ -4,8 +4,7 @@ Images per second in mixed precision and on huge pages, beside float32 on ordina
 precision that training and evaluation in mixed precision come to; and training under several ways
 for threads to wait, on an idle machine and on one with twice as many busy processes as cores. Most
 of this is read when torch is loaded: every row is a process of its own, and rows that are compared
-take turns. With ``--output FILE`` writes what it prints as JSON for report.py; parts that it was
-not told to measure stay in the file as they are.
+take turns. Parts that it was not told to measure stay in the record as they are.
 
 Whatever else runs on the machine falsifies it.
 """
@@ -25,14 +24,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import bench_detector  # makes the detector of examples/ importable
-from measure import ROOT, cpu_machine
-from records import table_line, write_json
-
+from benchmarks.common import harness
+from benchmarks.common.machine import require_kernels
+from benchmarks.models import detector as model_benchmark
 from detector import saving
 from detector.config import PRESETS
 
-EXAMPLE = ROOT / "examples" / "deformable_detr"
 PRESET = "digits"  # the demo's
 TRAINING = "training the demo"
 # Of the detector with a ResNet-50: how it is called, and for images of which size.
@@ -64,11 +61,12 @@ def run(command: Sequence[object], variables: Mapping[str, str], threads: int) -
     """What a Python program prints, in an environment of ours with these variables."""
     kept = {name: value for name, value in os.environ.items() if name not in MEASURED}
     environment = kept | {"OMP_NUM_THREADS": str(threads), **variables}
+    command = [sys.executable, *map(str, command)]
     done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True
+        command, env=environment, capture_output=True, text=True, cwd=harness.ROOT
     )
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr}")
+        sys.exit(f"{' '.join(command[1:])} failed:\n{done.stderr}")
     return done.stdout
 
 
@@ -77,7 +75,7 @@ def speed_of_training(amp: str, seconds: float, variables: Variables, threads: i
     with tempfile.TemporaryDirectory() as folder:
         settings = ["--preset", PRESET, "--amp", amp, "--device", "cpu", "--output", folder]
         settings += ["--max-minutes", seconds / 60]
-        run([EXAMPLE / "train.py", *settings], variables, threads)
+        run([harness.DETECTOR / "train.py", *settings], variables, threads)
         state = saving.load(Path(folder) / saving.LAST)
     images = state["step"] * PRESETS[PRESET].train.batch_size
     return speed(
@@ -89,15 +87,20 @@ def speed_of_calls(
     task: str, amp: str, seconds: float, variables: Variables, threads: int
 ) -> Speed:
     """Of the detector with a ResNet-50, in a process of its own."""
-    command = [__file__, "--call", task, "--amp", amp, "--seconds", seconds]
-    return json.loads(run(command, variables, threads))
+    command = harness.python_call(__name__, "print_calls", task, amp, seconds)
+    return json.loads(run(command[1:], variables, threads))
+
+
+def print_calls(name: str, amp: str, seconds: str) -> None:
+    """What a process prints that measures calls."""
+    print(json.dumps(time_calls(name, amp, float(seconds))))
 
 
 def time_calls(name: str, amp: str, seconds: float) -> Speed:
     """Repeat a call for so long, at least twice."""
     kind, size = CALLS[name]
-    config = PRESETS[bench_detector.PRESET].model
-    task = bench_detector.Task(config, size, 1, "cpu", amp)
+    config = PRESETS[model_benchmark.PRESET].model
+    task = model_benchmark.Task(config, size, 1, "cpu", amp)
     call = {"forward": task.forward, "both": task.both}[kind]
     call()
     calls, started, busy = 0, time.perf_counter(), time.process_time()
@@ -132,12 +135,13 @@ def busy_processes(number: int) -> Iterator[None]:
             process.wait()
 
 
-def best_of(rounds: Sequence[Speed]) -> Speed:
-    """The best of several rounds: whatever else the machine does can only take away."""
-    return {name: max(one[name] for one in rounds) for name in rounds[0]}
+def best_of(rounds: Sequence[Speed]) -> dict[str, Any]:
+    """The best of several rounds, and all: whatever else the machine does can only take away."""
+    best = {name: max(one[name] for one in rounds) for name in rounds[0]}
+    return best | {"rounds": list(rounds)}
 
 
-def precision_rows(options: argparse.Namespace) -> list[dict]:
+def precision_rows(options: argparse.Namespace, table: harness.Table) -> list[dict]:
     """Speed of each task in both precisions, on ordinary and on huge pages."""
     rows = []
     for task in (TRAINING, *CALLS):
@@ -149,11 +153,11 @@ def precision_rows(options: argparse.Namespace) -> list[dict]:
             results.setdefault((amp, pages), []).append(result)
         for (amp, pages), rounds in results.items():
             rows.append({"task": task, "amp": amp, "pages": pages, **best_of(rounds)})
-            print_line(task, amp, f"{pages} pages", rows[-1])
+            add_line(table, task, amp, f"{pages} pages", rows[-1])
     return rows
 
 
-def waiting_rows(options: argparse.Namespace, busy: int) -> list[dict]:
+def waiting_rows(options: argparse.Namespace, table: harness.Table, busy: int) -> list[dict]:
     """Speed of training under each way to wait, alone and among busy processes."""
     results: dict[tuple[str, bool], list[Speed]] = {}
     for _, among_others in itertools.product(range(options.rounds), (False, True)):
@@ -165,8 +169,8 @@ def waiting_rows(options: argparse.Namespace, busy: int) -> list[dict]:
     for name in WAITS:
         alone, among_others = (best_of(results[name, others]) for others in (False, True))
         rows.append({"waiting": name, "alone": alone, "among_others": among_others})
-        print_line(name, "alone", "", alone)
-        print_line(name, "among others", "", among_others)
+        add_line(table, name, "alone", "", alone)
+        add_line(table, name, "among others", "", among_others)
     return rows
 
 
@@ -177,10 +181,10 @@ def demo_rows(options: argparse.Namespace) -> list[dict]:
         with tempfile.TemporaryDirectory() as folder:
             settings = ["--preset", PRESET, "--amp", amp, "--device", "cpu", "--output", folder]
             settings += ["--epochs", options.epochs, "--eval-every", options.epochs]
-            run([EXAMPLE / "train.py", *settings], {}, options.threads)
+            run([harness.DETECTOR / "train.py", *settings], {}, options.threads)
             best, results = Path(folder) / saving.BEST, Path(folder) / "results.json"
             for used in AMPS:
-                command = [EXAMPLE / "evaluate.py", best, "--amp", used, "--json", results]
+                command = [harness.DETECTOR / "evaluate.py", best, "--amp", used, "--json", results]
                 run([*command, "--device", "cpu", "--num-workers", 0], {}, options.threads)
                 found = json.loads(results.read_text())
                 rows.append({"trained": amp, "evaluated": used, "AP": found["AP"]})
@@ -188,48 +192,40 @@ def demo_rows(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-WIDTHS = (-46, -14, -16, 12, 18)
-
-
-def print_line(first: str, second: str, third: str, row: Mapping[str, Any]) -> None:
-    cells = [first, second, third, f"{row['images_per_second']:.3g}"]
-    print(table_line([*cells, f"{row['images_per_processor_second']:.3g}"], WIDTHS), flush=True)
+def add_line(
+    table: harness.Table, first: str, second: str, third: str, row: Mapping[str, Any]
+) -> None:
+    speeds = [row[f"images_per_{unit}"] for unit in ("second", "processor_second")]
+    table.add(first, second, third, *(f"{speed:.3g}" for speed in speeds))
 
 
 PARTS = ("precision", "waiting", "demo")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="default: all")
-    parser.add_argument("--seconds", type=float, default=6, help="of each row (default: 6)")
-    parser.add_argument("--rounds", type=int, default=1, help="of all rows (default: 1)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    harness.add_record(parser, seconds=6.0, rounds=1, threads=harness.all_cores())
     parser.add_argument("--epochs", type=int, default=4, help="of the demo (default: 4)")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=PARTS, help="default: all")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
-    for name in ("--call", "--amp"):  # of a row
-        parser.add_argument(name, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.call:
-        print(json.dumps(time_calls(options.call, options.amp, options.seconds)))
-        return 0
-    results: dict[str, Any] = {}
+
+
+def main(options: argparse.Namespace) -> int:
+    """Measure the parts asked for."""
+    require_kernels()
+    if options.quick:
+        options.seconds, options.rounds, options.epochs = 0.5, 1, 1
+    kept = {}
     if options.output and options.output.exists():
-        results = json.loads(options.output.read_text())
-    busy = 2 * (os.cpu_count() or 1)
-    results |= {"machine": cpu_machine(), "threads": options.threads}
-    print(table_line(("", "", "", "images/s", "per processor s"), WIDTHS))
+        kept = json.loads(options.output.read_text())
+    record = kept | harness.make_record(options, threads=options.threads)
+    columns = {"": -46, "precision": -14, "pages": -16, "images/s": 12}
+    table = harness.Table(columns | {"per processor second": 12})
     if "precision" in options.only:
-        results["precision"] = precision_rows(options)
+        record["precision"] = precision_rows(options, table)
     if "waiting" in options.only:
-        results["waiting"] = {"busy_processes": busy, "rows": waiting_rows(options, busy)}
+        busy = 2 * harness.all_cores()
+        rows = waiting_rows(options, table, busy)
+        record["waiting"] = {"busy_processes": busy, "rows": rows}
     if "demo" in options.only:
-        results["demo"] = {"epochs": options.epochs, "rows": demo_rows(options)}
-    if options.output:
-        write_json(options.output, results)
-        print(f"\nwritten: {options.output}")
+        record["demo"] = {"epochs": options.epochs, "rows": demo_rows(options)}
+    harness.keep_record(options, record)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,23 +1,17 @@
-"""Draw the figures from committed result files: ``python benchmarks/plots.py``.
-
-Each figure is written beside the JSON file that it shows.
-"""
+"""The figures, drawn from committed records and written beside them."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.common import harness
+
 if TYPE_CHECKING:  # matplotlib is needed to draw, not to import this file
     from matplotlib.axes import Axes
-
-RESULTS = Path(__file__).resolve().parent / "results"
 
 # ---- the look of all figures ---------------------------------------------------------------------
 
@@ -69,7 +63,7 @@ def drawn(path: Path, rows: int, columns: int, size: tuple[float, float]) -> Ite
 
 # ---- attention over growing images ---------------------------------------------------------------
 
-RIVALS = {"dense": Look("dense attention", RED, "s"), "msda": Look("MSDeformAttn", BLUE, "o")}
+ATTENTIONS = {"dense": Look("dense attention", RED, "s"), "msda": Look("MSDeformAttn", BLUE, "o")}
 PANELS = {
     ("layer", "forward"): "one layer, forward",
     ("layer", "both"): "one layer, forward + backward",
@@ -85,7 +79,7 @@ COMPLEXITY: dict[str, tuple[str, Callable[[float], float]]] = {
 
 
 def scaling_figure(results: dict[str, Any], path: Path) -> None:
-    """Draw time and memory against the number of tokens, from the results of bench_scaling.py.
+    """Draw time and memory against the number of tokens, from a record of scaling.
 
     Measured points are filled, computed ones hollow. Dashed lines are the paper's complexity, drawn
     through the point of the smallest image of 256 pixels or more.
@@ -94,17 +88,15 @@ def scaling_figure(results: dict[str, Any], path: Path) -> None:
         ValueError: none of the panels' rows is among the results.
     """
     panels = {}
-    for (thing, direction), title in PANELS.items():
+    for (part, direction), title in PANELS.items():
         rows = [
-            row
-            for row in results["rows"]
-            if row["thing"] == thing and row["direction"] == direction
+            row for row in results["rows"] if row["part"] == part and row["direction"] == direction
         ]
         if rows:
-            panels[thing, direction] = (title, rows)
+            panels[part, direction] = (title, rows)
     if not panels:
         raise ValueError(f"results must hold rows of {list(PANELS)}, got none")
-    crossovers = {(one["thing"], one["direction"]): one for one in results["crossovers"]}
+    crossovers = {(one["part"], one["direction"]): one for one in results["crossovers"]}
     with drawn(path, 2, len(panels), (max(8, 0.8 + 3.6 * len(panels)), 7)) as (figure, axes):
         for column, (case, (title, rows)) in enumerate(panels.items()):
             time_axes, memory_axes = axes[:, column]
@@ -132,12 +124,16 @@ def scaling_figure(results: dict[str, Any], path: Path) -> None:
 
 
 def _draw_curves(axes: Axes, rows: Sequence[dict], quantity: str, unit: float) -> None:
-    """A curve for each rival: solid over what was measured, dotted on to what was computed."""
+    """A curve for each attention: solid over what was measured, dotted on to what was computed."""
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for name, look in RIVALS.items():
+    for name, look in ATTENTIONS.items():
         points = [
-            (row["tokens"], row["rivals"][name][quantity] / unit, row["rivals"][name]["computed"])
+            (
+                row["tokens"],
+                row["attentions"][name][quantity] / unit,
+                row["attentions"][name]["computed"],
+            )
             for row in rows
         ]
         measured = [(x, y) for x, y, reason in points if reason is None]
@@ -160,7 +156,7 @@ def _draw_complexity(axes: Axes, rows: Sequence[dict]) -> None:
     sizes = [row["tokens"] for row in rows]
     middle = sizes[len(sizes) // 2]
     for name, (label, formula) in COMPLEXITY.items():
-        scale = rows[0]["rivals"][name]["ms"] / formula(sizes[0])
+        scale = rows[0]["attentions"][name]["ms"] / formula(sizes[0])
         times = [scale * formula(size) for size in sizes]
         axes.plot(sizes, times, "--", color=GREY, lw=1, zorder=3, label="complexity in the paper")
         above = name == "dense"
@@ -216,7 +212,7 @@ ARMS = {
 
 
 def convergence_figure(results: dict[str, Any], path: Path) -> None:
-    """Draw validation AP against epochs and against seconds, from bench_convergence.py's results.
+    """Draw validation AP against epochs and against seconds, from a record of convergence.
 
     A line is the mean of the seeds, the band behind it reaches from the least to the most.
     """
@@ -256,7 +252,7 @@ def convergence_figure(results: dict[str, Any], path: Path) -> None:
         )
 
 
-# ---- the command ---------------------------------------------------------------------------------
+# ---- all -----------------------------------------------------------------------------------------
 
 FIGURES: dict[str, Callable[[dict[str, Any], Path], None]] = {
     "scaling": scaling_figure,
@@ -264,16 +260,9 @@ FIGURES: dict[str, Callable[[dict[str, Any], Path], None]] = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of folders of JSON")
-    options = parser.parse_args()
+def draw_all() -> None:
+    """Draw the figure of every committed record that has one."""
     for name, draw in FIGURES.items():
-        for path in sorted(options.results.glob(f"*/{name}.json")):
-            draw(json.loads(path.read_text()), path.with_suffix(".png"))
+        for path in sorted(harness.RESULTS.glob(f"*/{name}.json")):
+            draw(harness.read_record(path), path.with_suffix(".png"))
             print(f"written: {path.with_suffix('.png')}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

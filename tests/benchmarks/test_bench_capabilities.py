@@ -1,43 +1,27 @@
-"""bench_capabilities.py: instruction sets against each other, and the floor under the best."""
+"""Instruction sets against each other: how they are timed, and the table."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import report
-
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+from benchmarks.__main__ import main
+from benchmarks.common import harness
+from benchmarks.report import command as report
 
 
-def test_report_shows_the_floor_beside_the_best_instruction_set(monkeypatch, tmp_path):
-    machine = dict(cpu="some", cores=2, cpu_capability="avx512", torch="2", msda="0", commit="abc")
-    results = {
-        "machine": machine,
-        "workload": "encoder",
-        "loads_per_second": 3.5e9,
-        "floor_ms": {"forward": 9.0, "backward": 12.0},
-        "rows": [
-            {"capability": "avx2", "direction": "forward", "ms": 24.0, "speed": 0.5},
-            {"capability": "avx512", "direction": "forward", "ms": 12.0, "speed": 1.0},
-        ],
-    }
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "capabilities.json").write_text(json.dumps(results))
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    table = report.capabilities_table()
-    assert "| forward | avx2 | 24.0 | 0.50 |  |" in table
-    assert "| forward | avx512 | 12.0 | 1.00 | 9.0 |" in table
-    assert "3.50 billion a second" in table
+def test_instruction_sets_are_timed_against_each_other(tmp_path, monkeypatch):
+    record = tmp_path / "some-cpu" / "capabilities.json"
+    assert main(["capabilities", "--quick", "--workload=decoder", f"--output={record}"]) == 0
+    rows = json.loads(record.read_text())["rows"]
+    best = rows[-1]["capability"]
+    assert [row["speed"] for row in rows if row["capability"] == best] == [1, 1]
+    assert all(row["ms"] > 0 and row["rounds"] == 1 for row in rows)
 
-
-def test_instruction_sets_are_timed_against_each_other(tmp_path):
-    result = tmp_path / "capabilities.json"
-    command = [sys.executable, BENCHMARKS / "bench_capabilities.py", "--rounds", "1"]
-    command += ["--workload", "decoder", "--output", result]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    rows = json.loads(result.read_text())["rows"]
-    assert [row["speed"] for row in rows if row["capability"] == rows[-1]["capability"]] == [1, 1]
-    assert all(row["ms"] > 0 for row in rows)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    made = json.loads(record.read_text()) | {"quick": False, "rows": []}
+    for capability, speed in (("avx2", 0.5), ("avx512", 1.0)):
+        row = {"capability": capability, "direction": "forward", "ms": 12 / speed, "speed": speed}
+        made["rows"].append(row)
+    harness.write_json(record, made)
+    table = report.block("capabilities")
+    assert "| speed of | avx2 | avx512 |" in table
+    assert "| forward | 0.50 | 1.00 |" in table

@@ -2,14 +2,15 @@
 
 import csv
 import json
-import sys
 from types import SimpleNamespace
 
-import bench_convergence as bench
-import plots
 import pytest
-import records
-import report
+
+from benchmarks.__main__ import main
+from benchmarks.common import harness
+from benchmarks.models import convergence as bench
+from benchmarks.report import command as report
+from benchmarks.report import figures
 
 APS = {  # AP after each epoch, by arm and learning rate
     "deformable": {2e-4: 0.02, 5e-4: 0.04, 1e-3: 0.03},
@@ -58,17 +59,14 @@ def command(monkeypatch, tmp_path):
     monkeypatch.setitem(bench.EXPERIMENTS, "cpu", experiment)
     state = {"training": training_of, "status": 0, "started": started}
     monkeypatch.setattr(bench, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(
-        bench, "cpu_machine", lambda: {"cpu": "some", "torch": "2", "msda": "0", "commit": "abc"}
-    )
 
-    def main(*arguments):
-        where = [f"--runs={tmp_path / 'runs'}", f"--output={tmp_path / 'some-cpu'}"]
-        monkeypatch.setattr(sys, "argv", ["bench_convergence.py", *where, "--jobs=1", *arguments])
-        return bench.main()
+    def convergence(*arguments):
+        output = tmp_path / "some-cpu" / "convergence.json"
+        where = [f"--runs={tmp_path / 'runs'}", f"--output={output}"]
+        return main(["convergence", *where, "--jobs=1", *arguments])
 
-    main.state = state
-    return main
+    convergence.state = state
+    return convergence
 
 
 def test_each_arm_trains_all_seeds_with_its_best_learning_rate(command, tmp_path, capsys):
@@ -128,7 +126,7 @@ def test_a_run_that_fails_ends_the_command_and_is_named(command, capsys):
 
 
 def test_curves_differ_in_attention_alone(command):
-    command("--preset=trial")
+    command("--quick")
     by_arm = {}
     for call in command.state["started"]:
         if "--preset" in call:
@@ -162,15 +160,17 @@ def test_thresholds_are_passed_between_epochs(threshold, expected):
 
 def test_report_and_picture_show_what_came(command, monkeypatch, tmp_path):
     command()
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    text = report.convergence_table()
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    text = report.block("convergence")
     assert "| deformable | 0.0005 | 1.1, 1.0 to 1.2 (11, 10 to 12 s) |" in text
-    assert "(`some-cpu/convergence.json`, curves in `convergence.csv` beside it):" in text
+    assert "(`some-cpu/convergence.json`):" in text
     assert "| 2 of 3 seeds | not reached |" in text
-    results = json.loads((tmp_path / "some-cpu" / "convergence.json").read_text())
+    figures.draw_all()
     picture = tmp_path / "some-cpu" / "convergence.png"
-    plots.convergence_figure(results, picture)
     assert picture.read_bytes().startswith(b"\x89PNG")
-    records.write_json(tmp_path / "other" / "convergence.json", results)
-    assert report.convergence_table().count("learning rate |") == 2
+    results = json.loads((tmp_path / "some-cpu" / "convergence.json").read_text())
+    harness.write_json(tmp_path / "other" / "convergence.json", results)
+    text = report.block("convergence")
+    assert text.count("learning rate |") == 2
+    assert "(../some-cpu/convergence.png)" in text

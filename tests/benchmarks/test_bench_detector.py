@@ -2,21 +2,18 @@
 
 import collections
 import json
-import sys
 import time
 import typing
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-
-import bench_detector
-import bench_paper
-import report
-
 import msda
+from benchmarks.__main__ import main
+from benchmarks.common import harness
+from benchmarks.models import detector as bench
+from benchmarks.models import paper
+from benchmarks.report import command as report
 from detector.config import ModelConfig
 
 SMALL = dict(
@@ -34,7 +31,7 @@ NUM_TOKENS = 8 * 12 + 4 * 6 + 2 * 3 + 1 * 2
 
 
 def small_task(amp="off"):
-    return bench_detector.Task(ModelConfig(**SMALL), SIZE, 1, "cpu", amp)
+    return bench.Task(ModelConfig(**SMALL), SIZE, 1, "cpu", amp)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +42,7 @@ def one_thread(set_threads):
 @pytest.fixture(autouse=True)
 def still_norms(monkeypatch):
     """The tiny backbone's norms learn from every pass in training; ResNet's are frozen."""
-    make_model = bench_detector.make_model
+    make_model = bench.make_model
 
     def make(config, device="cpu"):
         model = make_model(config, device)
@@ -54,7 +51,7 @@ def still_norms(monkeypatch):
                 module.momentum = 0.0
         return model
 
-    monkeypatch.setattr(bench_detector, "make_model", make)
+    monkeypatch.setattr(bench, "make_model", make)
 
 
 # ---- both sides ----------------------------------------------------------------------------------
@@ -62,7 +59,7 @@ def still_norms(monkeypatch):
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_both_sides_agree_in_outputs_loss_and_gradients(amp):
-    errors = bench_detector.errors_of(small_task(amp))
+    errors = bench.checked(small_task(amp))
     assert list(errors) == ["pred_logits", "pred_boxes", "loss", "gradients"]
 
 
@@ -71,9 +68,9 @@ def test_an_operator_that_computes_something_else_is_refused(monkeypatch, factor
     def wrong(*arguments, **options):
         return factor * msda.ms_deform_attn_fused(*arguments, **options)
 
-    monkeypatch.setitem(bench_detector.OPERATORS, "msda", wrong)
-    with pytest.raises(AssertionError, match=r"^pred_logits must differ by at most 1e-04, got "):
-        bench_detector.errors_of(small_task())
+    monkeypatch.setitem(bench.OPERATORS, "msda", wrong)
+    with pytest.raises(AssertionError, match=r"^pred_logits must differ by at most 1.0e-04, got "):
+        bench.checked(small_task())
 
 
 def test_boxes_and_gradients_depend_on_the_operator():
@@ -83,8 +80,8 @@ def test_boxes_and_gradients_depend_on_the_operator():
         def scaled(*arguments, scale=scale, **options):
             return scale * msda.ms_deform_attn_fused(*arguments, **options)
 
-        with bench_detector.on(scaled):
-            results.append(bench_detector.results_of(task))
+        with bench.on(scaled):
+            results.append(bench.results_of(task))
     for name, tensor in results[0].items():
         assert not torch.allclose(tensor, results[1][name], rtol=1e-3), name
 
@@ -100,10 +97,10 @@ def test_each_side_runs_its_own_operator_and_leaves_the_module_as_it_was(monkeyp
         return call
 
     before = msda.modules.ms_deform_attn_fused
-    for name, operator in bench_detector.OPERATORS.items():
-        monkeypatch.setitem(bench_detector.OPERATORS, name, recording(name, operator))
+    for name, operator in bench.OPERATORS.items():
+        monkeypatch.setitem(bench.OPERATORS, name, recording(name, operator))
     task = small_task()
-    for direction in bench_detector.DIRECTIONS:
+    for direction in bench.DIRECTIONS:
         for name, run in task.runs(direction).items():
             called.clear()
             run()
@@ -161,11 +158,11 @@ def test_time_is_put_down_to_the_part_that_took_it(direction, monkeypatch):
         calls.append("encoder, operator" if len(calls) < 2 else "decoder, operator")
         return Slow.apply(msda.ms_deform_attn_fused(*arguments, **options), calls[-1])
 
-    monkeypatch.setitem(bench_detector.OPERATORS, "msda", slow)
+    monkeypatch.setitem(bench.OPERATORS, "msda", slow)
     Slow.rested.clear()
-    seconds = bench_detector.profiled(task, task.runs(direction)["msda"])
-    assert list(seconds) == list(bench_detector.PARTS)
-    expected = set(bench_detector.PARTS) - ({"losses"} if direction == "forward" else set())
+    seconds = bench.profiled(task, task.runs(direction)["msda"])
+    assert list(seconds) == list(bench.PARTS)
+    expected = set(bench.PARTS) - ({"losses"} if direction == "forward" else set())
     assert set(Slow.rested) == expected
     if direction == "both":
         assert min(seconds for part, seconds in Slow.rested.items() if part != "other") > 0.07
@@ -182,8 +179,8 @@ def test_parts_add_up_to_the_whole_call():
         times.append(time.perf_counter() - start)
 
     run()
-    seconds = bench_detector.profiled(task, run)
-    assert all(seconds[part] > 0 for part in bench_detector.PARTS)
+    seconds = bench.profiled(task, run)
+    assert all(seconds[part] > 0 for part in bench.PARTS)
     assert sum(seconds.values()) == pytest.approx(times[1], rel=0.1)
 
 
@@ -191,7 +188,7 @@ def test_parts_add_up_to_the_whole_call():
 
 
 def test_multiply_adds_are_those_of_the_layers():
-    counted = bench_paper.multiply_adds(ModelConfig(**SMALL), SIZE)
+    counted = paper.multiply_adds(ModelConfig(**SMALL), SIZE)
     samples = 2 * (NUM_TOKENS + 11) * 2 * 4 * 4  # layers, queries, heads, levels, points
     assert counted["sampling"] == 5 * samples * 16
     # Per token: values and output, offsets and weights of 32 samples, the feed-forward net.
@@ -208,10 +205,10 @@ def test_multiply_adds_are_those_of_the_layers():
 
 def test_parameters_are_the_papers():
     rounded = {
-        name: round(bench_paper.parameters(bench_paper.PRESETS[name].model)["trained"] / 1e6)
-        for name in bench_paper.PUBLISHED
+        name: round(paper.parameters(paper.PRESETS[name].model)["trained"] / 1e6)
+        for name in paper.PUBLISHED
     }
-    assert rounded == {name: row.parameters_m for name, row in bench_paper.PUBLISHED.items()}
+    assert rounded == {name: row.parameters_m for name, row in paper.PUBLISHED.items()}
 
 
 def test_matching_width_is_where_the_count_is_the_one_wanted(monkeypatch):
@@ -219,9 +216,9 @@ def test_matching_width_is_where_the_count_is_the_one_wanted(monkeypatch):
         height, width = size
         return {"total": 100 + 7 * height * width}
 
-    monkeypatch.setattr(bench_paper, "multiply_adds", counted)
+    monkeypatch.setattr(paper, "multiply_adds", counted)
     there, wanted = (counted(None, (800, width))["total"] for width in (1333, 1066))
-    assert bench_paper.matching_width(None, (800, 1333), there, wanted) == 1066
+    assert paper.matching_width(None, (800, 1333), there, wanted) == 1066
 
 
 # ---- files and tables ----------------------------------------------------------------------------
@@ -229,43 +226,36 @@ def test_matching_width_is_where_the_count_is_the_one_wanted(monkeypatch):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    (tmp_path / "machine").mkdir()
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
     return tmp_path / "machine"
 
 
 def test_detector_file_becomes_a_table(folder, monkeypatch, capsys):
-    assert report.detector_table() == report.NO_DETECTOR_FIGURE
-    small = {bench_detector.PRESET: bench_paper.PRESETS["digits"].replace(**SMALL)}
-    monkeypatch.setattr(bench_detector, "PRESETS", small)
-    size = ["--size", *map(str, SIZE)]
-    options = ["--rounds", "1", "--threads", "1", "--output", str(folder / "detector.json")]
-    monkeypatch.setattr(sys, "argv", ["bench_detector.py", *size, *options])
-    assert bench_detector.main() == 0
+    small = {bench.PRESET: paper.PRESETS["digits"].replace(**SMALL)}
+    monkeypatch.setattr(bench, "PRESETS", small)
+    options = ["--size", *map(str, SIZE), "--rounds=2", "--threads=1"]
+    assert main(["detector", *options, f"--output={folder / 'detector.json'}"]) == 0
     assert "encoder, operator" in capsys.readouterr().out
     results = json.loads((folder / "detector.json").read_text())
     for row in results["rows"]:
         speed = row["images_per_second"]
         assert row["ratio"] == pytest.approx(speed["msda"] / speed["reference"])
         assert row["extra_bytes"]["reference"] >= row["extra_bytes"]["msda"] > 0
-    table = report.detector_table()
+        for side, (lower, upper) in row["quartiles"].items():
+            assert lower <= speed[side] <= upper
+    table = report.block("detector")
     assert "| forward + backward |" in table
     assert f"| **{results['rows'][1]['ratio']:.2f}x** |" in table
-    assert "| encoder, operator |" in report.parts_table()
+    assert "| encoder, operator |" in report.block("parts")
 
 
 def test_paper_file_becomes_a_table(folder, monkeypatch, capsys):
-    assert report.paper_table() == report.NO_PAPER_FIGURE
-    presets = {
-        name: bench_paper.PRESETS["digits"].replace(**SMALL) for name in bench_paper.PUBLISHED
-    }
-    monkeypatch.setattr(bench_paper, "PRESETS", presets)
-    size = ["--size", *map(str, SIZE)]
-    options = ["--rounds", "1", "--threads", "1", "--output", str(folder / "paper.json")]
-    monkeypatch.setattr(sys, "argv", ["bench_paper.py", *size, *options])
-    assert bench_paper.main() == 0
+    presets = {name: paper.PRESETS["digits"].replace(**SMALL) for name in paper.PUBLISHED}
+    monkeypatch.setattr(paper, "PRESETS", presets)
+    options = ["--size", *map(str, SIZE), "--rounds=1", "--threads=1"]
+    assert main(["paper", *options, f"--output={folder / 'paper.json'}"]) == 0
     assert "++ two-stage" in capsys.readouterr().out
-    table = report.paper_table()
+    table = report.block("paper")
     assert "| ++ two-stage |" in table
     assert "**0** / 173 |" in table

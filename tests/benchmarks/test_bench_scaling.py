@@ -2,15 +2,16 @@
 
 import json
 import math
-import sys
 
-import bench_scaling as bench
-import plots
 import pytest
-import report
 import torch
 
 import msda.modules
+from benchmarks.__main__ import main
+from benchmarks.common import harness, timing
+from benchmarks.models import scaling as bench
+from benchmarks.report import command as report
+from benchmarks.report import figures, tables
 
 SIZES = [bench.tokens_of(side) for side in (256, 512, 1024, 2048)]
 LAYER, BOTH = bench.Case("layer", "forward"), bench.Case("layer", "both")
@@ -65,9 +66,10 @@ def test_samples_of_different_tokens_lie_apart():
     torch.testing.assert_close(offsets.std(1).mean(), torch.tensor(2.5), rtol=0.1, atol=0)
 
 
-@pytest.mark.parametrize("rival", bench.RIVALS)
-def test_each_rival_equals_its_definition(rival):
-    bench.assert_equal(rival, bench.make_encoder(rival), bench.make_tokens(60, torch.float32))
+@pytest.mark.parametrize("attention", bench.ATTENTIONS)
+def test_each_attention_equals_its_definition(attention):
+    encoder = bench.make_encoder(attention)
+    bench.check(attention, encoder, bench.make_tokens(60, torch.float32))
 
 
 def test_wrong_result_is_not_timed(monkeypatch):
@@ -75,8 +77,8 @@ def test_wrong_result_is_not_timed(monkeypatch):
     monkeypatch.setattr(
         msda.modules, "ms_deform_attn_fused", lambda *args, **kwargs: 1.001 * right(*args, **kwargs)
     )
-    with pytest.raises(AssertionError, match="msda"):
-        bench.assert_equal("msda", bench.make_encoder("msda"), bench.make_tokens(60, torch.float32))
+    with pytest.raises(AssertionError, match="msda: output must differ"):
+        bench.check("msda", bench.make_encoder("msda"), bench.make_tokens(60, torch.float32))
 
 
 def test_flops_are_those_of_the_formulas():
@@ -100,23 +102,23 @@ def made_up_row(case, side, dense=None, ours=None):
     tokens = bench.tokens_of(side)
     times = {"dense": 0.01 * tokens + 1e-5 * tokens**2, "msda": 0.02 * tokens}
     reasons = {"dense": dense, "msda": ours}
-    rivals = {
+    attentions = {
         name: {"ms": ms, "extra_bytes": 7000 * tokens, "flops": 10**9, "computed": reasons[name]}
         for name, ms in times.items()
     }
     return {
-        "thing": case.thing,
+        "part": case.part,
         "direction": case.direction,
         "side": side,
         "tokens": tokens,
         "ratio": times["dense"] / times["msda"],
-        "rivals": rivals,
+        "attentions": attentions,
     }
 
 
 @pytest.fixture
 def setup():
-    return bench.Setup("cpu", torch.float32, bench.make_timer("cpu"), encoders={}, budget=5.0)
+    return bench.Setup("cpu", torch.float32, timing.make_timer("cpu"), encoders={}, budget=5.0)
 
 
 def test_time_that_would_not_fit_is_not_spent(setup):
@@ -141,19 +143,19 @@ def test_after_a_refusal_no_larger_size_is_tried(setup):
 
 def test_images_that_are_toys_say_nothing_about_larger_ones(setup):
     slow = made_up_row(LAYER, 64)
-    slow["rivals"]["dense"]["ms"] = 1e5
+    slow["attentions"]["dense"]["ms"] = 1e5
     assert bench.refusal(setup, [slow], "dense", bench.tokens_of(128)) is None
     rows = [slow, *(made_up_row(LAYER, side) for side in (256, 512))]
     value = bench.computed(rows, "dense", bench.tokens_of(1024), "time")
-    assert value["ms"] == pytest.approx(made_up_row(LAYER, 1024)["rivals"]["dense"]["ms"])
+    assert value["ms"] == pytest.approx(made_up_row(LAYER, 1024)["attentions"]["dense"]["ms"])
     assert value["extra_bytes"] == pytest.approx(7000 * bench.tokens_of(1024))
 
 
 def test_fits_and_crossover_use_measured_points_only():
     rows = [made_up_row(LAYER, side) for side in (64, 128, 256, 512, 1024)]
     rows.append(made_up_row(LAYER, 2048, dense="time"))
-    rows[-1]["rivals"]["dense"]["ms"] = 1e-9
-    fits = {(fit["rival"], fit["quantity"]): fit for fit in bench.fits_of(LAYER, rows)}
+    rows[-1]["attentions"]["dense"]["ms"] = 1e-9
+    fits = {(fit["attention"], fit["quantity"]): fit for fit in bench.fits_of(LAYER, rows)}
     dense = fits["dense", "ms"]
     assert dense["tokens"] == SIZES[:3] and dense["half"] == 2
     assert 1 < dense["exponent"] < dense["half_exponent"] < 2
@@ -172,15 +174,13 @@ def test_fits_and_crossover_use_measured_points_only():
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path, set_threads):
+def run(tmp_path, set_threads):
     """Run the benchmark; what it wrote."""
     set_threads(1)
     path = tmp_path / "scaling.json"
 
     def run(*arguments):
-        options = ["--threads=1", f"--output={path}", *arguments]
-        monkeypatch.setattr(sys, "argv", ["bench_scaling.py", *options])
-        assert bench.main() == 0
+        assert main(["scaling", "--threads=1", f"--output={path}", *arguments]) == 0
         return json.loads(path.read_text())
 
     return run
@@ -188,43 +188,41 @@ def run(monkeypatch, tmp_path, set_threads):
 
 def test_every_case_is_measured(run, capsys):
     results = run("--sides", "64", "32", "--seconds=0.01")
-    assert [(row["thing"], row["direction"], row["side"]) for row in results["rows"]] == [
+    assert [(row["part"], row["direction"], row["side"]) for row in results["rows"]] == [
         (thing, direction, side)
-        for thing in bench.THINGS
+        for thing in bench.PARTS
         for direction in bench.DIRECTIONS
         for side in (32, 64)
     ]
     for row in results["rows"]:
-        assert set(row["rivals"]) == {"dense", "msda"}
-        for rival in row["rivals"].values():
-            assert rival["computed"] is None
-            assert rival["ms"] > 0 and rival["rounds"] >= 1 and rival["extra_bytes"] > 0
+        assert set(row["attentions"]) == {"dense", "msda"}
+        for one in row["attentions"].values():
+            assert one["computed"] is None
+            assert one["ms"] > 0 and one["rounds"] >= 1 and one["extra_bytes"] > 0
     assert results["machine"]["torch"] == torch.__version__
     assert "exponents" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_computed_and_marked(run, monkeypatch, capsys):
     monkeypatch.setattr(bench, "SMALLEST_IMAGE", 32)
-    results = run("--sides", "32", "64", "--seconds=0", "--thing=layer", "--direction=forward")
-    first, second = (row["rivals"]["dense"] for row in results["rows"])
+    results = run("--sides", "32", "64", "--seconds=0", "--part=layer", "--direction=forward")
+    first, second = (row["attentions"]["dense"] for row in results["rows"])
     assert first["computed"] is None
     assert second["computed"] == "time: two calls would take more than 0 s"
     assert second["ms"] == pytest.approx(first["ms"] * 85 / 22)
     assert f"~{second['ms']:.3f}" in capsys.readouterr().out
 
 
-def test_full_precision_on_a_gpu_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_scaling.py", "--device=cuda"])
-    with pytest.raises(SystemExit):
-        bench.main()
-    assert "--dtype must be of 16 bits on cuda" in capsys.readouterr().err
+def test_full_precision_on_a_gpu_is_refused():
+    with pytest.raises(SystemExit, match="--dtype must be of 16 bits on cuda"):
+        main(["scaling", "--device=cuda"])
 
 
 # ---- figure and table ----------------------------------------------------------------------------
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, monkeypatch):
     """A checkout with made-up results of one machine."""
     rows, crossovers, fits = [], [], []
     for case in (LAYER, BOTH):
@@ -234,25 +232,27 @@ def folder(tmp_path):
         crossovers.append(bench.crossover_of(case, ours))
         fits += bench.fits_of(case, ours)
     machine = dict(cpu="some CPU", torch="2.13.0", msda="0.1.0", commit="1234567")
+    machine["cpu_capability"] = "avx2"
     results = dict(machine=machine, dtype="float32", threads=2)
     results |= dict(rows=rows, fits=fits, crossovers=crossovers)
     folder = tmp_path / "benchmarks" / "results" / "some-cpu"
     folder.mkdir(parents=True)
     (folder / "scaling.json").write_text(json.dumps(results))
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    monkeypatch.setattr(harness, "RESULTS", folder.parent)
     return folder
 
 
 def test_figure_shows_computed_points_hollow_and_the_crossover(folder, monkeypatch):
-    figures = pytest.importorskip("matplotlib.figure")
+    matplotlib = pytest.importorskip("matplotlib.figure")
     drawn = []
-    save = figures.Figure.savefig
+    save = matplotlib.Figure.savefig
     monkeypatch.setattr(
-        figures.Figure,
+        matplotlib.Figure,
         "savefig",
         lambda self, *args, **kw: drawn.append((self, save(self, *args, **kw))),
     )
-    monkeypatch.setattr(sys, "argv", ["plots.py", "--results", str(folder.parent)])
-    assert plots.main() == 0
+    figures.draw_all()
     assert (folder / "scaling.png").read_bytes().startswith(b"\x89PNG")
     ((figure, _),) = drawn
     assert len(figure.axes) == 4  # two cases; a row of times, one of memory
@@ -270,14 +270,12 @@ def test_figure_shows_computed_points_hollow_and_the_crossover(folder, monkeypat
 
 def test_figure_of_nothing_is_refused(tmp_path):
     with pytest.raises(ValueError, match="results must hold rows of"):
-        plots.scaling_figure({"rows": []}, tmp_path / "figure.png")
+        figures.scaling_figure({"rows": []}, tmp_path / "figure.png")
 
 
-def test_report_marks_what_was_computed(folder, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", folder.parent)
-    monkeypatch.setattr(report, "ROOT", folder.parents[2])
-    table = report.scaling_table()
-    assert "some CPU, threads: 2, torch 2.13.0" in table
+def test_report_marks_what_was_computed(folder):
+    table = report.block("scaling")
+    assert "some CPU, 2 threads, avx2 kernels, torch 2.13.0" in table
     assert "| layer | forward | 256 x 256 | 1360 | 32.1 | 27.2 | **1.2x** |" in table
     assert (
         "| layer | forward + backward | 2048 x 2048 | 87040 | ~76630.0 | 1740.8 | **~44.0x**"
@@ -288,9 +286,18 @@ def test_report_marks_what_was_computed(folder, monkeypatch):
     assert "layer, forward: at about " in table
     assert "![" not in table
     (folder / "scaling.png").touch()
-    assert "(benchmarks/results/some-cpu/scaling.png)" in report.scaling_table()
+    table = report.block("scaling")
+    assert "(../benchmarks/results/some-cpu/scaling.png)" in table
 
 
 def test_report_says_where_no_figure_exists(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.scaling_table() == report.NO_SCALING_FIGURE
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    expected = "No figure exists yet: `python -m benchmarks scaling` measures them."
+    assert report.block("scaling") == tables.no_figure("scaling") == expected
+
+
+def test_a_record_of_old_is_read_under_the_keys_of_today(folder):
+    record = json.loads((folder / "scaling.json").read_text())
+    old = json.dumps(record).replace('"attentions"', '"rivals"').replace('"part"', '"thing"')
+    (folder / "scaling.json").write_text(old.replace('"attention"', '"rival"'))
+    assert harness.read_record(folder / "scaling.json") == record
