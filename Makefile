@@ -4,7 +4,8 @@
 #   make quickstart  build, then train one encoder layer on a real photograph, and draw where it looks
 #   make test        build, then run the whole test suite; SUBJECT=operator: that folder of tests/ alone,
 #                    MARK=executor: the tests that run the CUDA kernels on the CPU alone
-#   make bench       build, then run every benchmark of the README, but for the next (an hour)
+#   make bench       build, then run every benchmark, but for the next (an hour); docs/benchmarks.md says how its
+#                    records become the pages' figures
 #   make convergence build, then compare training with deformable and dense attention (an hour)
 #   make bench-check build, then hold speed against the committed ratios (two minutes)
 #   make fuzz        build, then try to break the operator with random and hostile calls: MINUTES=1
@@ -49,7 +50,7 @@ endif
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
 FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda/executor tests/cuda/executor/* tests/fuzz \
-  benchmarks, \
+  benchmarks/*, \
   $(foreach kind,h cpp cuh cu,$(folder)/*.$(kind))))
 # What must hold for every instruction set, not only the best one of this machine.
 KERNEL_TESTS := $(foreach name,forward backward same_bits special_numbers module,tests/operator/test_$(name).py)
@@ -98,24 +99,14 @@ test: executor
 	    $(RUN) -m pytest -q $$workers -m "not executor" $(KERNEL_TESTS); done
 
 bench: executor
-	$(RUN) benchmarks/bench_operator.py --output $(BENCH)/operator.json
-	$(RUN) benchmarks/bench_capabilities.py --output $(BENCH)/capabilities.json
-	$(RUN) benchmarks/bench_fused.py --output $(BENCH)/fused.json
-	$(RUN) benchmarks/bench_peers.py --output $(BENCH)/peers.json
-	$(RUN) benchmarks/bench_scaling.py --output $(BENCH)/scaling.json
-	$(RUN) benchmarks/bench_detector.py --output $(BENCH)/detector.json
-	$(RUN) benchmarks/bench_cpu.py --output $(BENCH)/cpu.json
-	$(RUN) benchmarks/bench_paper.py --output $(BENCH)/paper.json
-	$(RUN) benchmarks/bench_transformers.py --output $(BENCH)/transformers.json
-	$(RUN) benchmarks/bench_runtimes.py --output $(BENCH)/runtimes.json
-	$(RUN) benchmarks/plots.py --results $(dir $(BENCH))
+	set -e; for name in operator capabilities fused peers scaling detector settings paper transformers runtimes; do \
+	  $(RUN) -m benchmarks $$name --output $(BENCH)/$$name.json; done
 
 convergence: build/installed.stamp
-	$(RUN) benchmarks/bench_convergence.py --runs $(BENCH)/convergence --output $(BENCH) $(CONVERGENCE)
-	$(RUN) benchmarks/plots.py --results $(dir $(BENCH))
+	$(RUN) -m benchmarks convergence --runs $(BENCH)/convergence --output $(BENCH)/convergence.json $(CONVERGENCE)
 
 bench-check: build/installed.stamp
-	$(RUN) benchmarks/bench_check.py $(CHECK)
+	$(RUN) -m benchmarks check $(CHECK)
 
 fuzz sanitize arm: build/installed.stamp
 	$(RUN) tests/fuzz/run.py $@ --minutes $(MINUTES) $(FUZZ_OPTIONS)
@@ -125,10 +116,10 @@ reliability: build/installed.stamp
 	$(RUN) tests/fuzz/run.py fuzz --minutes 12 --output $(RELIABILITY)/fuzz-$$best.json; \
 	$(RUN) tests/fuzz/run.py sanitize --minutes 4 --output $(RELIABILITY)/sanitize.json; \
 	$(RUN) tests/fuzz/run.py arm --minutes 3 --output $(RELIABILITY)/arm.json
-	$(RUN) benchmarks/report.py
+	$(RUN) -m benchmarks report
 
 gpu: $(REQUIREMENTS)
-	$(RUN) benchmarks/gpu.py all $(GPU_OPTIONS)
+	$(RUN) -m benchmarks gpu all $(GPU_OPTIONS)
 
 lint: $(REQUIREMENTS)
 	$(RUN) -m ruff check .

@@ -58,6 +58,11 @@ class Workload:
         return replace(self, spatial_shapes=shapes, sizes=sizes)
 
 
+def sized(workload: Workload, quick: bool) -> Workload:
+    """A workload as it is, or tiny where a command is only tried."""
+    return workload.tiny() if quick else workload
+
+
 # Pyramids of other sizes than the paper's.
 MASK2FORMER_SHAPES = [(128, 128), (64, 64), (32, 32)]
 RT_DETR_SHAPES = [(80, 80), (40, 40), (20, 20)]
@@ -151,6 +156,8 @@ OTHER_CPU_WORKLOADS = {
         sizes=dict(num_queries=15_200, num_points=8),
     ),
 }
+
+ALL_CPU_WORKLOADS = CPU_WORKLOADS | OTHER_CPU_WORKLOADS
 
 # The most important first: a run that is cut off has done those.
 GPU_WORKLOADS = {

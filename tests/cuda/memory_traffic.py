@@ -43,10 +43,9 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 
-from workloads import GPU_WORKLOADS, Workload  # noqa: E402
-
+from benchmarks.workloads import GPU_WORKLOADS, Workload  # noqa: E402
 from msda.testing import gradient_names, random_like_output  # noqa: E402
 from tests.helpers import executor  # noqa: E402
 
@@ -146,7 +145,7 @@ def count(
 
 def corners_of(workload: Workload) -> float:
     """Pixels that one sample reads, in the mean."""
-    from roofline import count_reads
+    from benchmarks.common.floors import count_reads
 
     inputs = workload.plain(torch.float32)
     return round(count_reads(inputs).corners / inputs.attention_weights.numel(), 2)

@@ -458,12 +458,12 @@ def main() -> int:
     for tally in tallies:
         print(f"{tally.what}: {tally.cases} tried, {len(tally.failures)} failed")
     if options.output is not None:
-        sys.path.insert(0, str(ROOT / "benchmarks"))
-        from measure import cpu_machine
-        from records import write_json
+        sys.path.insert(0, str(ROOT))
+        from benchmarks.common.harness import write_json
+        from benchmarks.common.machine import describe_machine
 
         results = {
-            "machine": cpu_machine(),
+            "machine": describe_machine(),
             "minutes": options.minutes,
             "runs": [asdict(tally) for tally in tallies],
         }
