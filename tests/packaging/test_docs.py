@@ -10,7 +10,7 @@ import pytest
 
 import msda
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "examples" / "deformable_detr" / "README.md",
