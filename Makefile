@@ -11,6 +11,7 @@
 #   make arm         the CPU kernels compiled for 64-bit Arm, run by qemu on random problems
 #   make reliability the three for as long as the README's table says, and write its files (40 minutes)
 #   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
+#   make docs        the documentation as a site, in build/docs (a minute; needs neither torch nor a compiler)
 #   make lint        check format, style and types
 #   make machine-code  compile the CUDA kernels for sm_90 and hold the machine code against the budget
 #   make memory-traffic  count what the CUDA kernels ask of memory, on the CPU, and hold it against its budget
@@ -38,9 +39,11 @@ BENCH ?= build/bench
 ifeq ($(VENV),)
   RUN := $(PYTHON)
   REQUIREMENTS :=
+  DOCS_REQUIREMENTS :=
 else
   RUN := $(abspath $(VENV))/bin/python
   REQUIREMENTS := $(VENV)/requirements.stamp
+  DOCS_REQUIREMENTS := $(VENV)/requirements-docs.stamp
   export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
@@ -63,8 +66,8 @@ MSDA_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 FOR_THIS_MACHINE := MSDA_CUDA=$(MSDA_CUDA) TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
-.PHONY: demo quickstart test bench convergence bench-check fuzz sanitize arm reliability gpu lint \
-  machine-code memory-traffic wheel abi compat clean executor
+.PHONY: demo quickstart test bench convergence bench-check fuzz sanitize arm reliability gpu docs \
+  lint machine-code memory-traffic wheel abi compat clean executor
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
@@ -126,6 +129,9 @@ reliability: build/installed.stamp
 gpu: $(REQUIREMENTS)
 	$(RUN) benchmarks/gpu.py all $(GPU_OPTIONS)
 
+docs: $(DOCS_REQUIREMENTS)
+	$(RUN) -m mkdocs build --strict --quiet
+
 lint: $(REQUIREMENTS)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -157,4 +163,9 @@ build/installed.stamp: $(REQUIREMENTS) $(NATIVE)
 $(VENV)/requirements.stamp: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+$(VENV)/requirements-docs.stamp: requirements-docs.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements-docs.txt
 	touch $@
