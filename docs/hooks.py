@@ -24,6 +24,7 @@ PICTURES = "benchmarks/results"
 CODE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"(!?)\[([^\]]+)\]\((?!\w+:|#)([^)#]+)(#[^)]*)?\)")
 ROLE = re.compile(r":(?:attr|class|data|func|meth|mod):`~?([\w.]+)`")
+OURS = re.compile(ROLE.pattern.replace("~?(", "~?((?!torch)"))
 
 
 def on_files(files, config):
@@ -59,10 +60,12 @@ def point_links(text, source, page):
     return LINK.sub(point, text)
 
 
-class Roles(griffe.Extension):
-    """Makes links of the roles in docstrings."""
+class Docstrings(griffe.Extension):
+    """Makes Markdown of the roles, blocks and examples in docstrings."""
 
     def on_instance(self, *, obj, **others):
         """Of each object that has a docstring."""
         if obj.docstring:
-            obj.docstring.value = ROLE.sub(r"[`\1`][\1]", obj.docstring.value)
+            text = ROLE.sub(r"`\1`", OURS.sub(r"[`\1`][\1]", obj.docstring.value))
+            text = text.replace("::\n\n", ":\n\n").replace("Example:\n", "Examples:\n")
+            obj.docstring.value = text
