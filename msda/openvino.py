@@ -161,6 +161,10 @@ def register(core: openvino.Core, library: str | None = None, *, num_threads: in
         num_threads: at most so many threads in a node of this module, of this process; 0 takes
             OMP_NUM_THREADS, or all processors. A library asks OpenVINO.
 
+    The nodes of this module make threads of their own, which would share the one processor that
+    OpenVINO pins the calling thread to: the core's ``ENABLE_CPU_PINNING`` becomes False. A library
+    leaves it as it is.
+
     Example:
         >>> core = openvino.Core()
         >>> msda.openvino.register(core)
@@ -171,6 +175,7 @@ def register(core: openvino.Core, library: str | None = None, *, num_threads: in
         return
     global _num_threads
     _num_threads = num_threads
+    core.set_property("CPU", {"ENABLE_CPU_PINNING": False})
     for node in (MSDeformAttn, MSDeformAttnFused):
         core.add_extension(node)
         core.add_extension(ConversionExtension(node.name, DOMAIN, _from_onnx(node)))

@@ -1,5 +1,7 @@
 """Our nodes in OpenVINO and ONNX Runtime: the operator's numbers, in models of any size."""
 
+import os
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -200,6 +202,40 @@ def test_a_node_refuses_in_the_words_of_the_operator(load):
     with pytest.raises(Exception, match="spatial_shapes must cover the S = 59 keys of value, got"):
         run((value[:, 1:], *arguments[1:]))
     assert_close(run(arguments)[0], expected, 0)
+
+
+@pytest.fixture
+def watched_openvino(monkeypatch, tmp_path):
+    """What a node in Python was called with: its processors, and where its arrays lie."""
+    pytest.importorskip("openvino")
+    import msda.openvino
+
+    calls = []
+    compute = msda.openvino.MSDeformAttn.compute
+
+    def watched(node, inputs, output):
+        arrays = [array.ctypes.data for array in (*inputs, output)]
+        calls.append((os.sched_getaffinity(0), set(arrays)))
+        compute(node, inputs, output)
+
+    monkeypatch.setattr(msda.openvino.MSDeformAttn, "compute", watched)
+    inputs = make_inputs(SHAPES, **SIZES)
+    program = export_nodes(Calls([(inputs, {})]), ([tensors_of(inputs)],))
+    run = InOpenVINO(program, tmp_path / "m.onnx", None, threads=2)
+    arrays = [tensor.numpy() for tensor in tensors_of(inputs)]
+    outputs = run.compiled(arrays, share_inputs=True, share_outputs=True)
+    ((processors, addresses),) = calls
+    return processors, addresses, [*arrays, outputs[0]]
+
+
+def test_threads_of_nodes_in_python_are_not_pinned_to_one_processor(watched_openvino):
+    processors, _, _ = watched_openvino
+    assert processors == os.sched_getaffinity(0)
+
+
+def test_openvino_hands_over_memory_without_a_copy(watched_openvino):
+    _, addresses, arrays = watched_openvino
+    assert {array.ctypes.data for array in arrays} <= addresses
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "openvino_library"])
