@@ -186,6 +186,16 @@ def test_make_has_the_targets_that_a_page_names(page):
 
 
 @every_page
+def test_benchmarks_has_the_names_that_a_page_mentions(page):
+    named = {
+        name for code in in_code(page) for name in re.findall(r"-m benchmarks ([a-z][\w-]*)", code)
+    }
+    if named:
+        listed = (ROOT / "benchmarks" / "__main__.py").read_text()
+        assert named <= set(re.findall(r'^    "([\w-]+)": \(', listed, re.MULTILINE))
+
+
+@every_page
 def test_names_of_msda_that_a_page_mentions_exist(page):
     named = {
         name for code in in_code(page) for name in re.findall(r"(?<![\w./-])msda(?:\.\w+)+", code)
