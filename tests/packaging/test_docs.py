@@ -239,8 +239,16 @@ def public_names():
 
 def test_the_api_page_has_every_public_name():
     pytest.importorskip("openvino")
+    page = (ROOT / "docs" / "api.md").read_text()
     items = [pydoc.locate(name) for name in documented()]
-    missing = {name for name in public_names() if not any(pydoc.locate(name) is x for x in items)}
+    missing = set()
+    for name in public_names():
+        item = pydoc.locate(name)
+        # Of a module without options the page has whatever has a docstring.
+        module = re.escape(name.rpartition(".")[0])
+        is_shown = re.search(rf"^::: {module}\n$", page, re.MULTILINE) and item.__doc__
+        if not is_shown and not any(item is x for x in items):
+            missing.add(name)
     assert not missing
 
 
