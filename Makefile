@@ -13,6 +13,7 @@
 #   make arm         the CPU kernels compiled for 64-bit Arm, run by qemu on random problems
 #   make reliability the three for as long as the README's table says, and write its files (40 minutes)
 #   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
+#   make docs        the documentation as a site, in build/docs (a minute; needs neither torch nor a compiler)
 #   make lint        check format, style and types
 #   make machine-code  compile the CUDA kernels for sm_90 and hold the machine code against the budget
 #   make memory-traffic  count what the CUDA kernels ask of memory, on the CPU, and hold it against its budget
@@ -42,9 +43,11 @@ SUBJECT ?=
 ifeq ($(VENV),)
   RUN := $(PYTHON)
   REQUIREMENTS :=
+  DOCS_REQUIREMENTS :=
 else
   RUN := $(abspath $(VENV))/bin/python
   REQUIREMENTS := $(VENV)/requirements.stamp
+  DOCS_REQUIREMENTS := $(VENV)/requirements-docs.stamp
   export PATH := $(abspath $(VENV))/bin:$(PATH)
 endif
 
@@ -67,8 +70,8 @@ MSDA_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 || echo 0)
 TORCH_CUDA_ARCH_LIST ?= 7.5+PTX 9.0+PTX
 FOR_THIS_MACHINE := MSDA_CUDA=$(MSDA_CUDA) TORCH_CUDA_ARCH_LIST="$(TORCH_CUDA_ARCH_LIST)"
 
-.PHONY: demo quickstart test bench convergence bench-check fuzz sanitize arm reliability gpu lint \
-  machine-code memory-traffic wheel abi compat clean executor
+.PHONY: demo quickstart test bench convergence bench-check fuzz sanitize arm reliability gpu docs \
+  lint machine-code memory-traffic wheel abi compat clean executor
 .DELETE_ON_ERROR:
 
 demo: build/installed.stamp
@@ -121,6 +124,10 @@ reliability: build/installed.stamp
 gpu: $(REQUIREMENTS)
 	$(RUN) -m benchmarks gpu all $(GPU_OPTIONS)
 
+# The variable: Material says where to go on when it ends in 2027 (zensical.org reads the same mkdocs.yml).
+docs: $(DOCS_REQUIREMENTS)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
+
 lint: $(REQUIREMENTS)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -152,4 +159,9 @@ build/installed.stamp: $(REQUIREMENTS) $(NATIVE)
 $(VENV)/requirements.stamp: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install -q -r requirements-dev.txt
+	touch $@
+
+$(VENV)/requirements-docs.stamp: requirements-docs.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -r requirements-docs.txt
 	touch $@
