@@ -46,12 +46,14 @@ def test_each_runtime_is_measured_before_and_after(tmp_path, monkeypatch):
                 assert row["ratio"] == pytest.approx(before["ms"] / row["ms"])
     monkeypatch.setattr(harness, "ROOT", tmp_path)
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
-    assert report.block("runtimes").startswith("No figure exists yet"), "it was --quick"
+    assert report.block("runtimes", "docs/runtimes.md").startswith("No figure exists yet"), (
+        "it was --quick"
+    )
     # As it was written before records had a command: such a one is committed.
     record = json.loads(output.read_text())
     del record["command"], record["quick"]
     harness.write_json(output, record)
-    lines = report.block("runtimes").split("\n")
+    lines = report.block("runtimes", "docs/runtimes.md").split("\n")
     assert "OpenVINO 2" in lines[0] and "ONNX Runtime 1" in lines[0]
     assert len(lines) == 4 + len(rows)
     of_speed = [line for line in speed.speed("README.md").split("\n") if line.startswith("| de")]
