@@ -3,9 +3,9 @@
 from msda._version import __version__
 
 try:
-    from msda._info import info
     from msda.forms import register_core
     from msda.functional import ms_deform_attn, ms_deform_attn_fused
+    from msda.installation import info
     from msda.modules import MSDeformAttn
     from msda.patching import report, undo, use_msda
 except ModuleNotFoundError as error:

@@ -2,7 +2,7 @@
 
 import sys
 
-from msda._info import info
+from msda.installation import info
 
 if __name__ == "__main__":
     print(info())

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from msda.explore import explore
 from msda.forms import observers
 from msda.modules import MSDeformAttn
-from msda.page import explore
 from msda.patching import attention_layers
 from msda.reference import SpatialShapes, locations_and_weights
 

@@ -1,8 +1,9 @@
 // The CUDA kernels as the torch side sees them. No CUDA header is needed to include this one.
 //
 // Reading order: samples.cuh (from the inputs to one sample), order.cuh (which block works on
-// what), forward.cuh and backward.cuh (the kernels), gather.cuh (the deterministic gradient of
-// value), launch.cuh (which kernel, in how many blocks); vec.cuh has what moves numbers.
+// what), forward.cuh and backward.cuh (the kernels), deterministic_backward.cuh (the gradient of
+// value without atomic additions), launch.cuh (which kernel, in how many blocks); vec.cuh has what
+// moves numbers.
 
 #pragma once
 
@@ -85,7 +86,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// The same for whatever type value is of. See dispatch.cpp.
+// The same for whatever type value is of. See dtypes.cpp.
 void forward_cuda(const Problem& problem, const ForwardOutputs& outputs, const CudaCall& call);
 void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
                    const BackwardOutputs& outputs, const CudaCall& call);

@@ -67,7 +67,7 @@ struct LevelTableParams {
   bool shapes_are_int64;
 };
 
-// See levels.cu.
+// See level_table.cu.
 void fill_level_table(const LevelTableParams& params, void* stream);
 
 // What it takes to find where each cell's samples begin, for the deterministic gradient of value.
@@ -78,7 +78,7 @@ struct CellStartsParams {
   int32_t num_cells;            // C
 };
 
-// See cells.cu.
+// See deterministic_cells.cu.
 void find_cell_starts(const CellStartsParams& params, void* stream);
 
 inline bool needs_level_table(int64_t num_levels, bool shapes_on_device) {

@@ -423,7 +423,7 @@ def _page(
     title: str,
     max_megabytes: float,
 ) -> bytes:
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("explore.html").read_text(encoding="utf-8")
     source = _as_url(picture)
     last = calls[-1]
     if query is None:

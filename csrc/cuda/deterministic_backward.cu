@@ -1,7 +1,7 @@
 // Launches the kernels that sum the gradient of value without atomic additions. Compiled once for
 // each type of value, MSDA_VALUE_TYPE.
 
-#include "gather.cuh"
+#include "deterministic_backward.cuh"
 #include "launch.cuh"
 
 namespace msda {
