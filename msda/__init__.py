@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
 
-    # What needs no torch, msda.numpy and msda.openvino, is then all there is.
+    # Without torch there are only msda.numpy and msda.openvino.
     def __getattr__(name: str) -> object:
         if name in __all__:
             raise ImportError(f"msda.{name} needs torch >= 2.10, which is not installed")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from msda.reference import sum_dtype
+
 # Encoder of Deformable DETR R50 at 800 x 1333: strides 8, 16, 32, 64 (S = 22 223).
 PAPER_SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
 
@@ -100,7 +102,7 @@ def pixel_centres(shapes: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(centres)
 
 
-# Where queries sample, by name: see make_inputs.
+# The distributions of sampling locations: see make_inputs.
 LOCATIONS = ("uniform", "local", "initial", "clustered")
 
 
@@ -170,7 +172,7 @@ def make_inputs(
     queries = num_keys if num_queries is None else num_queries
     random = torch.Generator().manual_seed(seed)
     if point_dtype is None:
-        point_dtype = torch.promote_types(dtype, torch.float32)
+        point_dtype = sum_dtype(dtype)
 
     value = torch.randn(batch, num_keys, num_heads, head_dim, generator=random)
     size = (batch, queries, num_heads, sum(counts))
@@ -257,7 +259,7 @@ def make_fused_inputs(
     return FusedInputs(
         value=plain.value,
         spatial_shapes=plain.spatial_shapes,
-        reference_points=reference.to(device, torch.promote_types(point_dtype, torch.float32)),
+        reference_points=reference.to(device, sum_dtype(point_dtype)),
         sampling_offsets=offsets.to(device, point_dtype),
         attention_logits=logits.to(device, point_dtype),
         num_points=plain.num_points,
@@ -266,7 +268,7 @@ def make_fused_inputs(
 
 
 def available_memory() -> float:
-    """Bytes of memory that are free for use on this machine; infinite where it cannot be told."""
+    """Bytes of memory that are free for use on this machine; infinite if unknown."""
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 import msda
+import msda.numpy
 from conftest import random_like_output
-from msda import checks, ops
-from msda.testing import make_fused_inputs, make_inputs
+from msda import checks, dtypes, ops
+from msda.testing import TOLERANCES, make_fused_inputs, make_inputs
 
 SHAPES = [(3, 4), (2, 2)]
 SIZES = dict(batch=2, num_queries=5, num_heads=3, head_dim=4)
@@ -26,6 +27,11 @@ pytestmark = pytest.mark.skipif(ops.LIBRARY is None, reason="the compiled librar
 
 def test_both_tables_are_the_same():
     assert ops.library_text("msda_arguments") == checks.describe_arguments()
+
+
+def test_no_list_lacks_a_dtype():
+    assert set(TOLERANCES) == set(checks.FLOATS)
+    assert set(dtypes.FLOATS) <= set(msda.numpy.DTYPES)
 
 
 # ---- calls ---------------------------------------------------------------------------------------

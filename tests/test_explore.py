@@ -46,7 +46,7 @@ def decode(layer):
     references = layer["references"]
     if references is not None:
         references = locations_of(references).view(layer["count"], *layer["referenceShape"])
-    kept = layer["kept"]
+    kept = layer["chosen"]
     kept = range(layer["total"]) if kept is None else numbers(kept, torch.int32).int().tolist()
     return (
         locations_of(layer["locations"]).view(*shape, 2),
