@@ -1,7 +1,7 @@
 """Build msda: run CMake with Ninja and pack the result. CMakeLists.txt describes the build.
 
-This file is also the build backend named in pyproject.toml (PEP 517): setuptools' own, with what
-the machine lacks added to the build requirements. A torch that is already installed in the target
+This file is also the build backend named in pyproject.toml (PEP 517): setuptools' own, plus build
+requirements for whatever the machine lacks. A torch that is already installed in the target
 environment is built against in place, so that ``pip install .`` does not download it again.
 
 A machine with a torch for CUDA 13 or later and no nvcc gets one from the package index.
@@ -137,7 +137,7 @@ def nvcc_packages(torch):
 
 
 def nvcc_options(torch):
-    """CMake's options for nvcc, and the folder of libraries that its host compiler must be told."""
+    """CMake's options for nvcc, and the folder of libraries for its host compiler, or None."""
     switch, cuda = os.environ.get("MSDA_CUDA", ""), cuda_version(torch)
     nvcc = None if switch == "0" else find_nvcc()
     if nvcc is None:
@@ -223,13 +223,13 @@ class BuildWithCMake(build_ext):
         if libraries is not None:
             paths = [str(libraries), environment.get("LIBRARY_PATH")]
             environment["LIBRARY_PATH"] = os.pathsep.join(filter(None, paths))
-        kept = os.environ.get("MSDA_BUILD_DIR")
-        build_dir = Path(kept or self.build_temp).resolve()
-        if not kept:  # what CMake remembers there may be of an environment that is gone
+        chosen = os.environ.get("MSDA_BUILD_DIR")
+        build_dir = Path(chosen or self.build_temp).resolve()
+        if not chosen:  # CMake's cache there may belong to an environment that is gone
             shutil.rmtree(build_dir, ignore_errors=True)
         package_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         configure = ["-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja"]
-        # All that may have changed since CMake last looked.
+        # Settings that may have changed since CMake last ran.
         configure += [
             f"-DMSDA_TORCH_ROOT={torch}",
             f"-DMSDA_CUDA={os.environ.get('MSDA_CUDA', '')}",

@@ -1,5 +1,6 @@
 // The arguments of the operators in one table, and the check of a tensor against its row. No torch:
-// what is asked of a tensor is in Access<Tensor>, which torch.h's and msda.h's tensors have each.
+// TensorTraits<Tensor> answers what the checks ask of a tensor, in torch_tensor.h for torch's and
+// in c_api.cpp for those of msda.h. The checks of a call as a whole: call.h.
 //
 // msda/checks.py holds the same table and the same checks, for tensors without data and for the
 // reference. tests/operator/test_arguments.py compares the tables and walks every rule through both.
@@ -7,10 +8,13 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
+
+#include "dtypes.h"
 
 namespace msda {
 
@@ -18,7 +22,7 @@ using Sizes = std::vector<int64_t>;
 
 // ---- the table ----------------------------------------------------------------------------------
 
-// What an axis is as long as. B batch, S keys, M heads, D channels per head, Q queries, L levels,
+// The length of an axis. B batch, S keys, M heads, D channels per head, Q queries, L levels,
 // P points of each level, or, where num_points gives a count for each, K of all levels together.
 enum Axis : int8_t { kB, kS, kM, kD, kQ, kL, kP, kK, kNumLetters, k2, k2Or4, kLOr1, kMTimesD };
 
@@ -59,31 +63,33 @@ constexpr Shape kPointsShape{6, {kB, kQ, kM, kL, kP, k2}},
     kRaggedPointsShape{5, {kB, kQ, kM, kK, k2}};
 constexpr Shape kWeightsShape{5, {kB, kQ, kM, kL, kP}}, kRaggedWeightsShape{4, {kB, kQ, kM, kK}};
 
-constexpr Argument kept_shape(const char* name, DTypes dtypes, Place place, Shape shape) {
+// An argument of the same shape with and without num_points.
+constexpr Argument of_one_shape(const char* name, DTypes dtypes, Place place, Shape shape) {
   return {name, dtypes, place, shape, shape};
 }
 
-constexpr Argument kValue = kept_shape("value", DTypes::kFloat, Place::kAny, {4, {kB, kS, kM, kD}});
+constexpr Argument kValue =
+    of_one_shape("value", DTypes::kFloat, Place::kAny, {4, {kB, kS, kM, kD}});
 constexpr Argument kSpatialShapes =
-    kept_shape("spatial_shapes", DTypes::kInteger, Place::kHostOrWithValue, {2, {kL, k2}});
+    of_one_shape("spatial_shapes", DTypes::kInteger, Place::kHostOrWithValue, {2, {kL, k2}});
 constexpr Argument kLevelStartIndex =
-    kept_shape("level_start_index", DTypes::kInteger, Place::kHostOrWithValue, {1, {kL}});
+    of_one_shape("level_start_index", DTypes::kInteger, Place::kHostOrWithValue, {1, {kL}});
 constexpr Argument kSamplingLocations{"sampling_locations", DTypes::kFloat, Place::kWithValue,
                                       kPointsShape, kRaggedPointsShape};
 constexpr Argument kAttentionWeights{"attention_weights", DTypes::kFloat, Place::kWithValue,
                                      kWeightsShape, kRaggedWeightsShape};
-constexpr Argument kReferencePoints =
-    kept_shape("reference_points", DTypes::kFloat, Place::kWithValue, {4, {kB, kQ, kLOr1, k2Or4}});
+constexpr Argument kReferencePoints = of_one_shape("reference_points", DTypes::kFloat,
+                                                   Place::kWithValue, {4, {kB, kQ, kLOr1, k2Or4}});
 constexpr Argument kSamplingOffsets{"sampling_offsets", DTypes::kFloat, Place::kWithValue,
                                     kPointsShape, kRaggedPointsShape};
 constexpr Argument kAttentionLogits{"attention_logits", DTypes::kFloat, Place::kWithValue,
                                     kWeightsShape, kRaggedWeightsShape};
 constexpr Argument kPaddingMask =
-    kept_shape("padding_mask", DTypes::kBool, Place::kWithValue, {2, {kB, kS}});
+    of_one_shape("padding_mask", DTypes::kBool, Place::kWithValue, {2, {kB, kS}});
 constexpr Argument kGradOutput =
-    kept_shape("grad_output", DTypes::kOfValue, Place::kWithValue, {3, {kB, kQ, kMTimesD}});
+    of_one_shape("grad_output", DTypes::kOfValue, Place::kWithValue, {3, {kB, kQ, kMTimesD}});
 constexpr Argument kOutput =
-    kept_shape("output", DTypes::kOfValue, Place::kWithValue, {3, {kB, kQ, kMTimesD}});
+    of_one_shape("output", DTypes::kOfValue, Place::kWithValue, {3, {kB, kQ, kMTimesD}});
 
 // In the order in which they are checked.
 constexpr Argument kArguments[] = {
@@ -133,17 +139,37 @@ std::string to_string(const Integers& sizes) {
 // The types of elements that the table tells apart.
 enum class Type : int8_t { kFloat32, kFloat64, kFloat16, kBFloat16, kInt64, kInt32, kBool, kOther };
 
-// What the checks ask of a tensor:
-//   void check_is_dense(const Tensor&, const char* name)  that there is one, and of which layout
+// The dtype of floating-point numbers; none of the other types.
+inline std::optional<DType> floating_dtype(Type type) {
+  switch (type) {
+    case Type::kFloat32:
+      return DType::kFloat32;
+    case Type::kFloat64:
+      return DType::kFloat64;
+    case Type::kFloat16:
+      return DType::kFloat16;
+    case Type::kBFloat16:
+      return DType::kBFloat16;
+    case Type::kInt64:
+    case Type::kInt32:
+    case Type::kBool:
+    case Type::kOther:
+      break;
+  }
+  return std::nullopt;
+}
+
+// The checks ask of a tensor:
+//   void check_layout(const Tensor&, const char* name)  that it exists and has strides
 //   Type type(const Tensor&), std::string type_name(const Tensor&)
 //   bool is_on_host(const Tensor&), bool has_same_device(const Tensor&, const Tensor&)
 //   std::string device_name(const Tensor&)
 //   sizes(const Tensor&), with size() and []
-//   void check_extent(const Tensor&, const char* name)  that what it reaches can be read
+//   void check_extent(const Tensor&, const char* name)  that its elements lie in its memory
 template <class Tensor>
-struct Access;
+struct TensorTraits;
 
-// What is known of a call, from the arguments checked so far.
+// The sizes of a call, from the arguments checked so far.
 template <class Tensor>
 struct Known {
   const Tensor* value = nullptr;
@@ -194,46 +220,48 @@ std::string expected_shape(const Shape& shape, const Known<Tensor>& known) {
 
 template <class Tensor>
 bool has_dtype(const Tensor& tensor, DTypes dtypes, const Known<Tensor>& known) {
-  const Type type = Access<Tensor>::type(tensor);
+  const Type type = TensorTraits<Tensor>::type(tensor);
   switch (dtypes) {
     case DTypes::kFloat:
-      return type <= Type::kBFloat16;
+      return floating_dtype(type).has_value();
     case DTypes::kInteger:
       return type == Type::kInt64 || type == Type::kInt32;
     case DTypes::kBool:
       return type == Type::kBool;
     case DTypes::kOfValue:
-      return type == Access<Tensor>::type(*known.value);
+      return type == TensorTraits<Tensor>::type(*known.value);
   }
   return false;
 }
 
-// Checks a tensor against its row of the table. Those that its row refers to must have been before.
+// Checks a tensor against its row of the table, after the tensors that its row refers to.
 template <class Tensor>
 void check(const Tensor& tensor, const Argument& argument, Known<Tensor>& known) {
-  using A = Access<Tensor>;
+  using Traits = TensorTraits<Tensor>;
   const char* const name = argument.name;
-  A::check_is_dense(tensor, name);
+  Traits::check_layout(tensor, name);
   const bool of_value = argument.dtypes == DTypes::kOfValue;
-  MSDA_CHECK(
-      has_dtype(tensor, argument.dtypes, known), name, " must ", kDTypeRules[int(argument.dtypes)],
-      of_value ? " (" + A::type_name(*known.value) + ")" : "", ", got ", A::type_name(tensor));
+  MSDA_CHECK(has_dtype(tensor, argument.dtypes, known), name, " must ",
+             kDTypeRules[int(argument.dtypes)],
+             of_value ? " (" + Traits::type_name(*known.value) + ")" : "", ", got ",
+             Traits::type_name(tensor));
   if (argument.place != Place::kAny) {
     const bool may_be_on_host = argument.place == Place::kHostOrWithValue;
-    MSDA_CHECK(
-        (may_be_on_host && A::is_on_host(tensor)) || A::has_same_device(tensor, *known.value), name,
-        " must ", kPlaceRules[int(argument.place)], " (", A::device_name(*known.value),
-        "), got a tensor on ", A::device_name(tensor));
+    MSDA_CHECK((may_be_on_host && Traits::is_on_host(tensor)) ||
+                   Traits::has_same_device(tensor, *known.value),
+               name, " must ", kPlaceRules[int(argument.place)], " (",
+               Traits::device_name(*known.value), "), got a tensor on ",
+               Traits::device_name(tensor));
   }
   const Shape& shape = known.ragged ? argument.ragged_shape : argument.shape;
-  const auto& sizes = A::sizes(tensor);
+  const auto& sizes = Traits::sizes(tensor);
   bool fits = int(sizes.size()) == shape.rank;
   if (fits) {
     for (int i = 0; i < shape.rank; ++i) fits &= check_axis(shape.axes[i], sizes[i], known);
   }
   MSDA_CHECK(fits, name, " must have shape ", expected_shape(shape, known), ", got ",
              to_string(sizes));
-  A::check_extent(tensor, name);
+  Traits::check_extent(tensor, name);
 }
 
 }  // namespace msda

@@ -41,7 +41,7 @@ MSDA_HOST_DEVICE auto sample_counts(Real x, Real y, Real width, Real height) {
   return (x > -1) & (x < width) & (y > -1) & (y < height);
 }
 
-// Where a sample lies along one axis: the first pixel of its cell, and how far from that in [0, 1].
+// A sample's place along one axis: the first pixel of its cell, and the distance from it, 0 to 1.
 template <class Real>
 struct Cell {
   Real first;
@@ -49,10 +49,10 @@ struct Cell {
 };
 
 // The cell of pixel coordinate x = step * given + origin + rest, where rest is what origin lost to
-// rounding. The fraction is computed anew from what was given, not as x - first: on a map 160 wide,
-// the rounding of x would be 25 times all other errors of the output. The first pixel is x
-// truncated; where that, or the rounding of x, put it past the sample, the fraction comes out
-// negative and the first pixel is one less. Where a sample is the small difference of a reference
+// rounding. The fraction is computed anew from the given number, not as x - first: on a map 160
+// wide, the rounding of x would be 25 times all other errors of the output. The first pixel is x
+// truncated; where that, or the rounding of x, put it past the sample, the fraction is negative
+// and the first pixel is one less. Where a sample is the small difference of a reference
 // point and an offset that both lie beyond 2^23 pixels, the roundings of origin and rest are worth
 // pixels; the fraction is clamped, so that the sample stays between the pixels of its cell.
 //
@@ -71,7 +71,7 @@ MSDA_HOST_DEVICE Corners<Real> corner_weights(Real fx, Real fy) {
   return {gy * gx, gy * fx, fy * gx, fy * fx};
 }
 
-// What the gradients of one sample need once its four dot products <g, v> are known.
+// The four dot products <g, v> of a sample as its gradients need them.
 template <class Real>
 struct SampleGradient {
   Real sample;  // <g, sample>

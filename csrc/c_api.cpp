@@ -26,7 +26,7 @@ constexpr int kMaxTensorRank = 8;  // for messages: no argument has more than 6 
 struct TypeRow {
   const char* name;
   Type type;
-  int64_t size;
+  int64_t size;  // bytes
 };
 
 // By msda_dtype.
@@ -41,6 +41,7 @@ constexpr TypeRow kTypes[] = {
     {"complex128", Type::kOther, 16},
 };
 constexpr int32_t kNumTypes = sizeof(kTypes) / sizeof(kTypes[0]);
+static_assert(kNumTypes == MSDA_COMPLEX128 + 1, "each msda_dtype must have a row");
 
 // A caller's array, or a copy of it without gaps.
 class Tensor {
@@ -75,7 +76,6 @@ class Tensor {
     return true;
   }
 
-  // A copy without gaps.
   Tensor copied(const char* name) const {
     double wanted = double(type().size);
     for (const int64_t size : sizes_) wanted *= double(size);
@@ -116,23 +116,10 @@ class Tensor {
   std::shared_ptr<void> copy_;
 };
 
-DType kernel_dtype(Type type) {
-  switch (type) {
-    case Type::kFloat64:
-      return DType::kFloat64;
-    case Type::kFloat16:
-      return DType::kFloat16;
-    case Type::kBFloat16:
-      return DType::kBFloat16;
-    default:
-      return DType::kFloat32;
-  }
-}
-
 }  // namespace
 
 template <>
-struct Access<Tensor> {
+struct TensorTraits<Tensor> {
   static Type type(const Tensor& tensor) {
     return tensor.has_known_type() ? tensor.type().type : Type::kOther;
   }
@@ -140,7 +127,7 @@ struct Access<Tensor> {
     return tensor.has_known_type() ? tensor.type().name
                                    : "a dtype of number " + std::to_string(tensor.given()->dtype);
   }
-  static void check_is_dense(const Tensor& tensor, const char* name) {
+  static void check_layout(const Tensor& tensor, const char* name) {
     const msda_tensor* const given = tensor.given();
     MSDA_CHECK(given != nullptr, name, " must be given, got null");
     MSDA_CHECK(given->rank >= 0 && given->rank <= kMaxTensorRank, name,
@@ -159,13 +146,10 @@ struct Access<Tensor> {
     MSDA_CHECK(tensor.data() != nullptr || tensor.is_empty(), name, " must have data, got null");
   }
   static void check_device(const Tensor&) {}
-  static Tensor dense(const Tensor& tensor, const char* name, bool /*in_pairs*/) {
+  static Tensor contiguous(const Tensor& tensor, const char* name, bool /*in_pairs*/) {
     return tensor.is_contiguous() ? tensor : tensor.copied(name);
   }
   static const void* data(const Tensor& tensor) { return tensor.data(); }
-  static ConstArray array(const Tensor& tensor) {
-    return {tensor.data(), kernel_dtype(tensor.type().type)};
-  }
 };
 
 namespace {
@@ -189,9 +173,9 @@ int default_threads() {
   return threads > 0 ? threads : available_threads();
 }
 
-// One task for each thread, of which the caller's is one. They are made for the call: that takes
+// One task for each thread, the caller's among them. The others are made for the call: that takes
 // some 20 us each, where a task takes 70 or more, and leaves nothing behind that waits busily or
-// does not survive a fork. A task whose thread cannot be made runs here.
+// does not survive a fork. The tasks of threads that cannot be made run here.
 void own_loop(void*, int64_t num_tasks, msda_task task, void* state) {
   std::vector<std::thread> threads;
   threads.reserve(num_tasks - 1);
@@ -243,7 +227,7 @@ void run_forward(const Problem& problem, const ForwardOutputs& outputs,
 
 // ---- a call -------------------------------------------------------------------------------------
 
-// What the caller handed over, before it is looked at.
+// The arguments of a call, not yet checked.
 struct Given {
   explicit Given(const msda_tensor* value_given, const msda_tensor* shapes_given,
                  const msda_tensor* start_given, const msda_options* options_given)

@@ -1,5 +1,6 @@
-// From the arguments of a call to the problem that kernels are given: the checks that the operator
-// of torch and the C interface (msda.h) share, and how a call is split over threads.
+// From the arguments of a call to the problem that kernels take: the checks of a call as a whole,
+// which the operator of torch and the C interface (msda.h) share, and the split of a call over
+// threads. In Python: msda/checks.py. Sizes that the GPU alone knows: cuda/level_table.cu.
 
 #pragma once
 
@@ -13,15 +14,22 @@
 
 namespace msda {
 
-// What is asked of a tensor here, beyond the checks of arguments.h:
+// TensorTraits has, beyond what the checks of arguments.h ask:
 //   void check_device(const Tensor& value)  that there are kernels for it
-//   Tensor dense(const Tensor&, const char* name, bool in_pairs)  itself, or a copy without gaps
-//   const void* data(const Tensor&), ConstArray array(const Tensor&) of a floating-point tensor
+//   Tensor contiguous(const Tensor&, const char* name, bool in_pairs)  it, or a copy without gaps
+//   const void* data(const Tensor&)
+
+// A floating-point tensor as kernels read it.
+template <class Tensor>
+ConstArray const_array(const Tensor& tensor) {
+  using Traits = TensorTraits<Tensor>;
+  return {Traits::data(tensor), floating_dtype(Traits::type(tensor)).value()};
+}
 
 // From here on float32 does not hold every integer.
 constexpr int64_t kMaxSide = int64_t(1) << 24;
 
-// What every form of the operator takes.
+// The arguments that both forms of the operator take.
 template <class Tensor>
 struct Pyramid {
   const Tensor& value;
@@ -36,13 +44,14 @@ template <class Tensor>
 struct Call {
   Problem problem{};
   std::vector<Level> levels;
-  std::vector<Tensor> kept;
+  std::vector<Tensor> tensors;
   Known<Tensor> known;
 
-  // In pairs: CUDA kernels read the numbers so.
-  ConstArray keep(const Tensor& tensor, const Argument& argument, bool in_pairs = false) {
-    kept.push_back(Access<Tensor>::dense(tensor, argument.name, in_pairs));
-    return Access<Tensor>::array(kept.back());
+  // The tensor without gaps, which lives as long as the call. in_pairs: CUDA kernels read its
+  // numbers in pairs.
+  const Tensor& hold(const Tensor& tensor, const Argument& argument, bool in_pairs = false) {
+    tensors.push_back(TensorTraits<Tensor>::contiguous(tensor, argument.name, in_pairs));
+    return tensors.back();
   }
 };
 
@@ -51,20 +60,20 @@ struct Call {
 template <class Tensor>
 bool shapes_are_on_gpu(const Pyramid<Tensor>& pyramid) {
   return pyramid.spatial_shapes_tensor &&
-         !Access<Tensor>::is_on_host(*pyramid.spatial_shapes_tensor);
+         !TensorTraits<Tensor>::is_on_host(*pyramid.spatial_shapes_tensor);
 }
 
 // The elements of an integer tensor on the host.
 template <class Tensor>
 Sizes read_integers(const Tensor& tensor, const char* name) {
-  const Tensor given = Access<Tensor>::dense(tensor, name, false);
-  const auto& sizes = Access<Tensor>::sizes(given);
+  const Tensor given = TensorTraits<Tensor>::contiguous(tensor, name, false);
+  const auto& sizes = TensorTraits<Tensor>::sizes(given);
   int64_t count = 1;
   for (size_t i = 0; i < sizes.size(); ++i) count *= sizes[i];
   Sizes numbers(count);
-  const auto* const bytes = static_cast<const char*>(Access<Tensor>::data(given));
+  const auto* const bytes = static_cast<const char*>(TensorTraits<Tensor>::data(given));
   for (size_t i = 0; i < numbers.size(); ++i) {
-    if (Access<Tensor>::type(given) == Type::kInt64) {
+    if (TensorTraits<Tensor>::type(given) == Type::kInt64) {
       std::memcpy(&numbers[i], bytes + 8 * i, 8);
     } else {
       int32_t number;
@@ -89,8 +98,8 @@ Sizes read_spatial_shapes(const Pyramid<Tensor>& pyramid, Known<Tensor>& known) 
              "spatial_shapes must be given as numbers or as a tensor, got both");
   const Tensor& shapes = *pyramid.spatial_shapes_tensor;
   check(shapes, kSpatialShapes, known);
-  return Access<Tensor>::is_on_host(shapes) ? read_integers(shapes, kSpatialShapes.name)
-                                            : Sizes(2 * known[kL], 0);
+  return TensorTraits<Tensor>::is_on_host(shapes) ? read_integers(shapes, kSpatialShapes.name)
+                                                  : Sizes(2 * known[kL], 0);
 }
 
 // Checks value and the pyramid's metadata and fills in all sizes but those of queries and points.
@@ -101,17 +110,17 @@ void read_pyramid(const Pyramid<Tensor>& pyramid, Call<Tensor>& call) {
   known.value = &value;
   known.ragged = !pyramid.num_points.empty();
   check(value, kValue, known);
-  Access<Tensor>::check_device(value);
+  TensorTraits<Tensor>::check_device(value);
   int64_t channels;
   MSDA_CHECK(!__builtin_mul_overflow(known[kM], known[kD], &channels),
              "value must hold fewer than 2^63 channels, got ",
-             to_string(Access<Tensor>::sizes(value)));
+             to_string(TensorTraits<Tensor>::sizes(value)));
   Problem& problem = call.problem;
   problem.batch = known[kB];
   problem.num_keys = known[kS];
   problem.num_heads = known[kM];
   problem.head_dim = known[kD];
-  problem.value = call.keep(value, kValue);
+  problem.value = const_array(call.hold(value, kValue));
 
   const Sizes shapes = read_spatial_shapes(pyramid, known);
   problem.num_levels = known[kL];
@@ -144,11 +153,11 @@ void read_pyramid(const Pyramid<Tensor>& pyramid, Call<Tensor>& call) {
              "spatial_shapes must cover the S = ", problem.num_keys, " keys of value, got ", start,
              " pixels: ", to_string(shapes));
 
-  // The start of a level follows from the shapes: where both are on the CPU it is checked, else it
-  // is not read.
+  // The start of a level follows from the shapes: it is checked where both are on the CPU, and not
+  // read elsewhere.
   if (!pyramid.level_start_index) return;
   check(*pyramid.level_start_index, kLevelStartIndex, known);
-  if (on_host && Access<Tensor>::is_on_host(*pyramid.level_start_index)) {
+  if (on_host && TensorTraits<Tensor>::is_on_host(*pyramid.level_start_index)) {
     const Sizes given = read_integers(*pyramid.level_start_index, kLevelStartIndex.name);
     MSDA_CHECK(given == starts, "level_start_index must be the running sum of height * width, ",
                to_string(starts), ", got ", to_string(given));
@@ -171,14 +180,14 @@ void read_samples(const Pyramid<Tensor>& pyramid, const Tensor& points, const Ar
   } else {
     MSDA_CHECK(!__builtin_mul_overflow(known[kL], known[kP], &known[kK]), points_row.name,
                " must hold fewer than 2^63 samples, got ",
-               to_string(Access<Tensor>::sizes(points)));
+               to_string(TensorTraits<Tensor>::sizes(points)));
     for (Level& level : call.levels) level.num_points = known[kP];
   }
   check(weights, weights_row, known);
   problem.num_queries = known[kQ];
   problem.num_samples = known[kK];
-  problem.points = call.keep(points, points_row, true);
-  problem.weights = call.keep(weights, weights_row);
+  problem.points = const_array(call.hold(points, points_row, true));
+  problem.weights = const_array(call.hold(weights, weights_row));
 }
 
 template <class Tensor>
@@ -205,22 +214,23 @@ Call<Tensor> fused_call(const Pyramid<Tensor>& pyramid, const Tensor& reference_
 
   check(reference_points, kReferencePoints, call.known);
   problem.is_fused = true;
-  problem.reference = call.keep(reference_points, kReferencePoints, true);
-  problem.reference_levels = Access<Tensor>::sizes(reference_points)[2];
-  problem.reference_size = Access<Tensor>::sizes(reference_points)[3];
+  problem.reference_points = const_array(call.hold(reference_points, kReferencePoints, true));
+  problem.reference_levels = TensorTraits<Tensor>::sizes(reference_points)[2];
+  problem.reference_size = TensorTraits<Tensor>::sizes(reference_points)[3];
 
   if (padding_mask) {
     check(*padding_mask, kPaddingMask, call.known);
     problem.has_padding_mask = true;
-    problem.padding_mask = static_cast<const uint8_t*>(call.keep(*padding_mask, kPaddingMask).data);
+    const Tensor& mask = call.hold(*padding_mask, kPaddingMask);
+    problem.padding_mask = static_cast<const uint8_t*>(TensorTraits<Tensor>::data(mask));
   }
   return call;
 }
 
 // ---- threads ------------------------------------------------------------------------------------
 
-// The least work that is worth waking a thread for, in samples times channels: some 70 us of
-// forward where an encoder of 91 million takes 48 ms on one thread.
+// Less work than this, in samples times channels, is not worth a thread: some 70 us of forward,
+// where an encoder of 91 million takes 48 ms on one thread.
 constexpr int64_t kMinWorkPerThread = 1 << 17;
 
 inline int64_t grain_size(int64_t work_per_item) {

@@ -12,8 +12,8 @@
 //     fprintf(stderr, "%s\n", msda_last_error());
 //   }
 //
-// All functions may be called from several threads at once. Nothing is kept from one call to the
-// next but the text of the last error, one for each thread.
+// All functions may be called from several threads at once. From one call to the next, each
+// thread holds the text of its last error, and nothing else.
 
 #ifndef MSDA_H_
 #define MSDA_H_
@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-// The types of elements. From MSDA_INT8 on they exist only to be refused by name.
+// The types of elements. Those from MSDA_INT8 on are refused by name.
 typedef enum msda_dtype {
   MSDA_FLOAT32 = 0,
   MSDA_FLOAT64 = 1,
@@ -55,8 +55,8 @@ typedef enum msda_status {
 
 // An array of the caller's, which stays the caller's.
 typedef struct msda_tensor {
-  void* data;              // read only, but for output; need not be aligned; null if a size is 0
-  const int64_t* sizes;    // (rank)
+  void* data;            // output is written, others only read; any alignment; null if a size is 0
+  const int64_t* sizes;  // (rank)
   const int64_t* strides;  // (rank), in elements, may be negative or 0; null: row-major, no gaps
   int32_t rank;            // up to 8
   int32_t dtype;           // msda_dtype
@@ -67,7 +67,7 @@ typedef struct msda_tensor {
 typedef void (*msda_task)(void* state, int64_t index);
 typedef void (*msda_loop)(void* pool, int64_t num_tasks, msda_task task, void* state);
 
-// What may be left out: a null pointer, or zeros, stands for the defaults.
+// Optional arguments: a null pointer, or zeros, stands for the defaults.
 typedef struct msda_options {
   const int64_t* num_points;  // (num_counts) one count for each level; locations and weights then
                               // have an axis K in place of L and P. Null: P points in each level
@@ -79,8 +79,8 @@ typedef struct msda_options {
   void* pool;           // handed to loop
 } msda_options;
 
-// Samples `value` at locations and sums with weights. Each tensor that is not contiguous is copied
-// before, but for output, which must be contiguous.
+// Samples `value` at locations and sums with weights. Output must be contiguous; each other tensor
+// that is not is copied first.
 //
 //   value               (B, S, M, D) float32, float64, float16 or bfloat16
 //   spatial_shapes      (L, 2) int64 or int32: (height, width) of each level

@@ -1,5 +1,5 @@
-// What newer compilers ask of libstdc++ and glibc, defined here: what GCC 12 compiles then needs no
-// more of a system than GCC 8's libstdc++ and glibc 2.28, as torch's own packages do
+// Symbols that newer compilers expect in libstdc++ and glibc, defined here: so GCC 12's code needs
+// no more of a system than GCC 8's libstdc++ and glibc 2.28, as torch's own packages do
 // (manylinux_2_28). csrc/exports.map keeps it all inside the library.
 
 #include <new>

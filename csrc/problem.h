@@ -1,4 +1,4 @@
-// The sizes and pointers of one call: what the torch side hands to every kernel, CPU or CUDA.
+// The sizes and pointers of one call: what every kernel takes, CPU or CUDA. No torch.
 // Shape letters: B batch, S keys (pixels of all levels), Q queries, M heads, D channels per head,
 // L levels, K samples of one query and head (the points of all levels together).
 
@@ -6,22 +6,18 @@
 
 #include <cstdint>
 
+#include "dtypes.h"
+
 namespace msda {
 
-// Thrown by the CPU kernels where there is no memory for their scratch space. (No std::exception,
-// whose functions, compiled for one instruction set, could be kept by the linker for all.)
+// Thrown by the CPU kernels where there is no memory for their scratch space. (No std::exception:
+// the linker could choose its functions as compiled for one instruction set, and use them in all.)
 struct OutOfMemory {
-  int64_t bytes;  // wanted
+  int64_t bytes;  // that were asked for
 };
 
-enum class DType : int32_t { kFloat32, kFloat64, kFloat16, kBFloat16 };
-
-constexpr int64_t element_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
-
-// A dense row-major array whose element type is known at run time only. An empty tensor has a null
-// pointer, so flags say what is given and what is wanted, and pointers say nothing.
+// A row-major array without gaps whose dtype is known at run time only. An empty tensor has a null
+// pointer: flags say whether an array is given or wanted.
 struct ConstArray {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
@@ -32,7 +28,7 @@ struct Array {
   DType dtype = DType::kFloat32;
 };
 
-// A gradient has its input's shape. One that is not wanted is not computed, and its data not used.
+// A gradient has its input's shape. Kernels do not touch the data of one that is not wanted.
 struct Gradient : Array {
   bool is_wanted = false;
 };
@@ -61,8 +57,8 @@ struct Problem {
   ConstArray value;             // (B, S, M, D)
   ConstArray points;            // (B, Q, M, K, 2): sampling locations; fused: sampling offsets
   ConstArray weights;           // (B, Q, M, K): attention weights; fused: attention logits
-  ConstArray reference;         // fused only: (B, Q, reference_levels, reference_size)
-  int64_t reference_levels;     // L, or 1 where one reference serves all levels
+  ConstArray reference_points;  // fused only: (B, Q, reference_levels, reference_size)
+  int64_t reference_levels;     // L, or 1 where all levels share a reference point
   int64_t reference_size;       // 2: (x, y); 4: (centre x, centre y, width, height)
   const uint8_t* padding_mask;  // (B, S), padding where not 0, as torch reads a bool
 };
@@ -78,13 +74,13 @@ struct BackwardInputs {
 
 struct BackwardOutputs {
   Gradient grad_value;
-  Gradient grad_points;  // wanted wherever grad_reference is
+  Gradient grad_points;  // wanted wherever grad_reference_points is
   Gradient grad_weights;
-  Gradient grad_reference;
+  Gradient grad_reference_points;
 
   bool has_wanted() const {
     return grad_value.is_wanted || grad_points.is_wanted || grad_weights.is_wanted ||
-           grad_reference.is_wanted;
+           grad_reference_points.is_wanted;
   }
 };
 

@@ -3,16 +3,16 @@
 from msda._version import __version__
 
 try:
-    from msda._info import info
     from msda.forms import register_core
     from msda.functional import ms_deform_attn, ms_deform_attn_fused
+    from msda.installation import info
     from msda.modules import MSDeformAttn
     from msda.patching import report, undo, use_msda
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
 
-    # What needs no torch, msda.numpy and msda.openvino, is then all there is.
+    # Without torch there are only msda.numpy and msda.openvino.
     def __getattr__(name: str) -> object:
         if name in __all__:
             raise ImportError(f"msda.{name} needs torch >= 2.10, which is not installed")

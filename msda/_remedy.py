@@ -1,4 +1,4 @@
-"""What mends an installation on this machine: sentences that end with the command to type."""
+"""How to mend an installation on this machine: sentences that end with the command to type."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FIRST_CUDA_WITH_PACKAGES = 13
 
 
 def remedy(has_library: bool, has_cuda_kernels: bool) -> str | None:
-    """What to type to have what this build lacks and its torch could use; None if nothing.
+    """How to get the parts that this build lacks and its torch could use; None if it lacks none.
 
     Args:
         has_library: whether the compiled library is loaded.
@@ -59,7 +59,7 @@ def build_command(variables: str) -> str:
 def _came_from() -> tuple[str, str]:
     """The address that pip installed this package from, and the commit if that is a repository."""
     for address in PACKAGE.parent.glob("*.dist-info/direct_url.json"):
-        # By its files: what the distribution is called is pyproject.toml's to say.
+        # By its files: pyproject.toml decides on the distribution's name.
         if "msda/__init__.py," in address.with_name("RECORD").read_text():
             record = json.loads(address.read_text())
             return record["url"], record.get("vcs_info", {}).get("commit_id", "")

@@ -1,8 +1,9 @@
 """The arguments of the operators in one table, and the checks made from it.
 
-``csrc/arguments.h`` holds the same table and the same checks for the compiled operator. Those here
-serve tensors without data and the reference; ``tests/operator/test_arguments.py`` compares the
-tables and walks every rule through both. Each check raises RuntimeError:
+``csrc/arguments.h`` holds the same table and ``csrc/call.h`` the same checks, for the compiled
+operator. Those here serve tensors without data and the reference;
+``tests/operator/test_arguments.py`` compares the tables and walks every rule through both.
+``csrc/cuda/level_table.cu`` checks sizes that only a GPU knows. Each check raises RuntimeError:
 ``<name> must <rule>, got <value>``.
 """
 
@@ -15,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import SymBool, SymInt, Tensor
 
+from msda import dtypes
+
 # ---- the table -----------------------------------------------------------------------------------
 
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-FLOAT = "be float32, float64, float16 or bfloat16"
+FLOATS = tuple(getattr(torch, name) for name in dtypes.FLOATS)
+FLOAT = f"be {dtypes.listed(dtypes.FLOATS)}"
 INTEGER = "be int64 or int32"
 BOOL = "be bool (True = padding)"
 OF_VALUE = "have the dtype of value"
@@ -30,7 +33,7 @@ ON_HOST_OR_WITH_VALUE = "be on the CPU or on the device of value"
 
 
 class Argument(NamedTuple):
-    """What a tensor must be. Axes: B batch, S keys, M heads, D channels per head, Q queries,
+    """The rules of a tensor. Axes: B batch, S keys, M heads, D channels per head, Q queries,
     L levels, P points of each level, or, with ``num_points``, K of all levels together.
     """
 
@@ -91,7 +94,7 @@ def describe_arguments() -> str:
 
 @dataclass
 class _Known:
-    """What is known of a call, from the arguments checked so far."""
+    """The sizes of a call, from the arguments checked so far."""
 
     value: Tensor
     ragged: bool  # num_points was given
@@ -108,8 +111,7 @@ class _Known:
             raise RuntimeError(
                 f"{name} must be a dense tensor, got one of layout {_plain(tensor.layout)}"
             )
-        dtypes = DTYPES.get(argument.dtypes, (self.value.dtype,))
-        if tensor.dtype not in dtypes:
+        if tensor.dtype not in DTYPES.get(argument.dtypes, (self.value.dtype,)):
             rule = argument.dtypes
             if rule == OF_VALUE:
                 rule += f" ({_plain(self.value.dtype)})"
@@ -182,7 +184,7 @@ def has_numbers(tensor: Tensor) -> bool:
 
 
 def _check_extent(tensor: Tensor, name: str) -> None:
-    """What a tensor reads must lie in its storage: that may have been freed or shortened since."""
+    """Refuse elements beyond the storage, which may have been freed or shortened since."""
     if not has_numbers(tensor) or tensor.numel() == 0 or torch._is_zerotensor(tensor):
         return
     steps = zip(tensor.shape, tensor.stride(), strict=True)
@@ -199,10 +201,10 @@ def _check_extent(tensor: Tensor, name: str) -> None:
 
 
 def check_arguments(**arguments: Any) -> None:
-    """Check what an operator is given, by the names of its schema.
+    """Check the arguments of an operator, by the names of its schema.
 
-    Shapes are ``spatial_shapes``, [H0, W0, H1, ...], or ``spatial_shapes_tensor``; what is not in
-    the table is not looked at.
+    Shapes are ``spatial_shapes``, [H0, W0, H1, ...], or ``spatial_shapes_tensor``. Arguments that
+    are not in the table are not checked.
     """
     num_points = arguments["num_points"] or ()
     known = _check_pyramid(
@@ -282,7 +284,7 @@ def _check_sizes(value: Tensor, shapes: tuple[int, ...]) -> tuple[int, ...]:
     """Check heights and widths; returns the first key of each level."""
     if not all(size > 0 for size in shapes):
         raise RuntimeError(f"spatial_shapes must be positive, got {shapes}")
-    # Not of symbolic sizes, which it would keep within this range: the kernel checks them.
+    # Symbolic sizes go unchecked, or they could take no other values: the kernel checks them.
     if value.dtype != torch.float64 and any(
         size > MAX_SIDE for size in shapes if not isinstance(size, SymInt)
     ):

@@ -36,9 +36,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msda.functional import _has_kernel, ms_deform_attn, split_shapes
+from msda.functional import ms_deform_attn, split_shapes
+from msda.ops import has_kernel
 from msda.patching import CallCounter
-from msda.reference import SpatialShapes
+from msda.reference import SpatialShapes, sum_dtype
 
 __all__ = [
     "Entry",
@@ -113,7 +114,7 @@ def ms_deform_attn_backward(
     Raises:
         RuntimeError: as :func:`ms_deform_attn_forward`.
     """
-    if not _has_kernel(value):
+    if not has_kernel(value):
         leaves = [tensor.detach().requires_grad_() for tensor in (value, sampling_loc, attn_weight)]
         with torch.enable_grad():
             output = ms_deform_attn(leaves[0], spatial_shapes, level_start_index, *leaves[1:])
@@ -121,19 +122,19 @@ def ms_deform_attn_backward(
         return grad_value, grad_loc, grad_weight
     shapes, shapes_tensor = split_shapes(spatial_shapes)
     gradients: tuple[Tensor, Tensor, Tensor] = torch.ops.msda._ms_deform_attn_backward(
-        grad_output,
-        value,
-        shapes,
-        shapes_tensor,
-        level_start_index,
-        sampling_loc,
-        attn_weight,
-        [],  # num_points
-        False,  # nearest
-        True,  # needs_value
-        True,  # needs_locations
-        True,  # needs_weights
-        torch.are_deterministic_algorithms_enabled(),
+        grad_output=grad_output,
+        value=value,
+        spatial_shapes=shapes,
+        spatial_shapes_tensor=shapes_tensor,
+        level_start_index=level_start_index,
+        sampling_locations=sampling_loc,
+        attention_weights=attn_weight,
+        num_points=[],
+        nearest=False,
+        needs_value=True,
+        needs_locations=True,
+        needs_weights=True,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
     )
     return gradients
 
@@ -144,7 +145,7 @@ def multi_scale_deformable_attn_pytorch(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Compute :func:`msda.ms_deform_attn` in the place of the libraries' ``grid_sample`` core.
+    """Compute :func:`msda.ms_deform_attn` instead of the libraries' ``grid_sample`` core.
 
     The arguments are named and ordered as there; the result is (B, Q, M * D), and differentiable.
     """
@@ -287,14 +288,13 @@ def _unpacked(
             "sampling_loc_attn must have shape (B, Q, M, L * K * 3) with "
             f"L * K * 3 = {3 * num_samples}, got {tuple(packed.shape)}"
         )
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    locations, logits = packed.to(wide).split([2 * num_samples, num_samples], -1)
+    locations, logits = packed.to(sum_dtype(value.dtype)).split([2 * num_samples, num_samples], -1)
     weights = logits.softmax(-1).unflatten(-1, (num_levels, num_points))
     return locations.unflatten(-1, (num_levels, num_points, 2)), weights
 
 
 def _other_function_of(module: str, name: str) -> Callable[..., Any]:
-    """What the stand-in for a library's extension holds under all other names.
+    """The attributes of a stand-in for a library's extension under all other names.
 
     ``mmcv.ops`` looks up all its functions when it is imported, and calls these two when a program
     prints its environment.
@@ -432,7 +432,7 @@ def _find_by_others(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
 
 
 def _find(name: str) -> ModuleSpec | None:
-    """Where the real module is, or None; no package is imported to see it."""
+    """The spec of the real module, or None; no package is imported for it."""
     spec, path = None, None
     parts = name.split(".")
     for end in range(1, len(parts) + 1):
@@ -471,7 +471,7 @@ class _Loader(Loader):
                 self.real.exec_module(module)
             except ImportError as error:
                 self._give_up(spec, error)
-            # What loads a compiled library by hand may have put another one there.
+            # A module that loads a compiled library by hand may have put another module there.
             module = sys.modules.get(module.__name__, module)
         if self.real is None:
             _make_stand_in(module, self.place)
@@ -523,11 +523,11 @@ def _put(module: ModuleType, place: _Place) -> None:
 def install(*, overwrite: bool = False) -> Report:
     """Provide the operator wherever a known library looks for it, now or when it is imported.
 
-    To call it again changes nothing, but for ``overwrite=True`` after a call without.
+    Another call changes nothing, except with ``overwrite=True`` after a call without.
 
     Args:
-        overwrite: replace the operator's functions in extensions that load, too; whatever else an
-            extension holds stays.
+        overwrite: replace the operator's functions in extensions that load, too; the rest of an
+            extension stays.
 
     Returns:
         The :func:`report` after it.
@@ -570,7 +570,7 @@ def uninstall() -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one module.
+    """The fate of one module.
 
     Attributes:
         module: its full name.
@@ -685,7 +685,7 @@ def _in_a_line(error: BaseException) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a program with the drop-in installed, or print the report; see ``--help``."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    # What follows the program's name is the program's.
+    # Words after the program's name are the program's.
     end = next(
         (i for i, word in enumerate(given) if word == "-m" or not word.startswith("-")), len(given)
     )
@@ -731,7 +731,7 @@ def _try_extensions() -> None:
         if place.compiled and place.module not in sys.modules and _find(place.module) is not None:
             try:
                 importlib.import_module(place.module)
-            except Exception as error:  # whatever a stranger's package raises when imported
+            except Exception as error:  # a stranger's package may raise anything
                 _import_errors[place.module] = f"importing it failed: {_in_a_line(error)}"
 
 

@@ -12,9 +12,9 @@ Import this module before the counter is made; without it the operators count as
 ``import msda`` does not import it, because ``torch.utils.flop_counter`` imports Triton where that
 is installed.
 
-The rule: what is done once for each sample and channel counts, and a multiply-add is 2 FLOPs, as
-PyTorch counts matrix products. There are B * Q * M * K samples of D channels, with K the points of
-all levels.
+The rule: work that is done once for each sample and channel counts, and a multiply-add is 2 FLOPs,
+as PyTorch counts matrix products. There are B * Q * M * K samples of D channels, with K the points
+of all levels.
 
 - Forward: 5 multiply-adds, 4 for the bilinear interpolation and 1 for the weighted sum: the factor
   of 5 in the paper's complexity (arXiv 2010.04159, appendix A.1). Nearest: 1.
@@ -22,15 +22,16 @@ all levels.
 - Gradients of locations and weights: 4, the products of the output's gradient with the four
   corners, from which the gradients of both follow. Nearest: 1, for the weights.
 
-What is done once for each sample is left out: coordinates, the softmax and where the fused form
-gets its locations from; PyTorch's own rules leave out such steps too. Samples outside their map
-count like all others, and so does what a kernel saves by folding weights into corners.
+Work that is done once for each sample does not count: coordinates, the softmax, the locations of
+the fused form; PyTorch's own rules leave out such steps too. Samples outside their map count like
+all others, and so do multiply-adds that a kernel saves by folding weights into corners.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -43,102 +44,38 @@ if ops.LIBRARY is None:
     )
 
 FLOPS_PER_MULTIPLY_ADD = 2
-Shape = Sequence[int]
 
 
-def _flops(value: Shape, weights: Shape, multiply_adds: int) -> int:
-    """FLOPs of so many multiply-adds for each sample and channel; values (B, S, M, D)."""
-    return FLOPS_PER_MULTIPLY_ADD * multiply_adds * math.prod(weights) * value[3]
+def _register(name: str) -> None:
+    names = ops.argument_names(name)
+
+    @register_flop_formula(getattr(torch.ops.msda, name))
+    def count(*given: Any, out_shape: Any, **named: Any) -> int:
+        arguments = dict(zip(names, given, strict=False)) | named  # shapes in place of tensors
+        is_fused = "attention_logits" in arguments
+        weights = arguments["attention_logits" if is_fused else "attention_weights"]
+        num_samples, head_dim = math.prod(weights), arguments["value"][3]
+        return FLOPS_PER_MULTIPLY_ADD * _multiply_adds(arguments) * num_samples * head_dim
 
 
-def _forward_multiply_adds(nearest: bool) -> int:
-    return 1 if nearest else 5
-
-
-def _backward_multiply_adds(
-    nearest: bool, needs_value: bool, needs_locations: bool, needs_weights: bool
-) -> int:
+def _multiply_adds(arguments: Mapping[str, Any]) -> int:
+    """Multiply-adds for each sample and channel."""
+    nearest = arguments.get("nearest", False)  # the fused form has no such argument
+    if "grad_output" not in arguments:
+        return 1 if nearest else 5
+    of_locations = any(
+        arguments.get(flag) for flag in ("needs_locations", "needs_reference", "needs_offsets")
+    )
+    of_weights = bool(arguments.get("needs_weights") or arguments.get("needs_logits"))
     if nearest:
-        return needs_value + needs_weights
-    return 5 * needs_value + 4 * (needs_locations or needs_weights)
+        return arguments["needs_value"] + of_weights
+    return 5 * arguments["needs_value"] + 4 * (of_locations or of_weights)
 
 
-@register_flop_formula(torch.ops.msda.ms_deform_attn)
-def _forward(
-    value: Shape,
-    spatial_shapes: Shape,
-    spatial_shapes_tensor: Shape | None,
-    level_start_index: Shape | None,
-    sampling_locations: Shape,
-    attention_weights: Shape,
-    num_points: Shape,
-    nearest: bool,
-    *,
-    out_shape: Shape,
-) -> int:
-    return _flops(value, attention_weights, _forward_multiply_adds(nearest))
-
-
-@register_flop_formula(torch.ops.msda._ms_deform_attn_backward)
-def _backward(
-    grad_output: Shape,
-    value: Shape,
-    spatial_shapes: Shape,
-    spatial_shapes_tensor: Shape | None,
-    level_start_index: Shape | None,
-    sampling_locations: Shape,
-    attention_weights: Shape,
-    num_points: Shape,
-    nearest: bool,
-    needs_value: bool,
-    needs_locations: bool,
-    needs_weights: bool,
-    deterministic: bool = False,
-    *,
-    out_shape: Sequence[Shape],
-) -> int:
-    multiply_adds = _backward_multiply_adds(nearest, needs_value, needs_locations, needs_weights)
-    return _flops(value, attention_weights, multiply_adds)
-
-
-@register_flop_formula(torch.ops.msda.ms_deform_attn_fused)
-def _fused_forward(
-    value: Shape,
-    spatial_shapes: Shape,
-    spatial_shapes_tensor: Shape | None,
-    level_start_index: Shape | None,
-    reference_points: Shape,
-    sampling_offsets: Shape,
-    attention_logits: Shape,
-    num_points: Shape,
-    padding_mask: Shape | None,
-    *,
-    out_shape: Shape,
-) -> int:
-    return _flops(value, attention_logits, _forward_multiply_adds(nearest=False))
-
-
-@register_flop_formula(torch.ops.msda._ms_deform_attn_fused_backward)
-def _fused_backward(
-    grad_output: Shape,
-    output: Shape,
-    value: Shape,
-    spatial_shapes: Shape,
-    spatial_shapes_tensor: Shape | None,
-    level_start_index: Shape | None,
-    reference_points: Shape,
-    sampling_offsets: Shape,
-    attention_logits: Shape,
-    num_points: Shape,
-    padding_mask: Shape | None,
-    needs_value: bool,
-    needs_reference: bool,
-    needs_offsets: bool,
-    needs_logits: bool,
-    deterministic: bool = False,
-    *,
-    out_shape: Sequence[Shape],
-) -> int:
-    needs_locations = needs_reference or needs_offsets
-    multiply_adds = _backward_multiply_adds(False, needs_value, needs_locations, needs_logits)
-    return _flops(value, attention_logits, multiply_adds)
+for _name in (
+    "ms_deform_attn",
+    "_ms_deform_attn_backward",
+    "ms_deform_attn_fused",
+    "_ms_deform_attn_fused_backward",
+):
+    _register(_name)

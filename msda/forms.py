@@ -1,7 +1,7 @@
 """The forms in which libraries call the operator: from their arguments to ours, and the proof.
 
-What computes the attention in a library, the core, is given values, locations and weights under
-names and in layouts of its own. A form is an adapter, a small function from those arguments to the
+The core of a library computes its attention. It takes values, locations and weights under names and
+in layouts of its own. A form is an adapter, a small function from those arguments to the
 arguments of :func:`msda.ms_deform_attn`, with an example of such arguments, on which a core is run
 beside ours before it is replaced. :func:`register_core` adds one.
 """
@@ -28,7 +28,7 @@ Arguments = dict[str, Any]
 
 # Called with what each core is given: shapes, sampling_locations, attention_weights, num_points.
 Observer = Callable[[SpatialShapes, Tensor, Tensor, "Sequence[int] | None"], None]
-observers: ContextVar[tuple[Observer, ...]] = ContextVar("observers", default=())
+core_observers: ContextVar[tuple[Observer, ...]] = ContextVar("core_observers", default=())
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,12 +124,12 @@ def form_named(name: str) -> Form:
     return _FORMS[name]
 
 
-# ---- running ours in the place of theirs ---------------------------------------------------------
+# ---- running ours instead of theirs --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What replaces one core.
+    """The replacement of one core.
 
     Attributes:
         form: how its arguments become ours.
@@ -164,7 +164,7 @@ def attend(form: Form, arguments: Arguments) -> Tensor:
     shapes, num_points = ours["spatial_shapes"], ours.get("num_points")
     locations, weights = ours["sampling_locations"], ours["attention_weights"]
     if not torch.compiler.is_compiling():
-        for observe in observers.get():
+        for observe in core_observers.get():
             observe(shapes, locations, weights, num_points)
     return ms_deform_attn(
         ours["value"],
@@ -179,7 +179,7 @@ def attend(form: Form, arguments: Arguments) -> Tensor:
 
 # ---- which form a core has -----------------------------------------------------------------------
 
-_MARKS = {"value", "sampling_locations", "attention_weights"}  # by which a core is known
+_MARKS = {"value", "sampling_locations", "attention_weights"}  # a core has these parameters
 _TOLERANCE = 1e-9  # relative norm in float64, where rounding leaves 1e-15 on so few samples
 
 
@@ -197,7 +197,7 @@ def is_function_class(item: Any) -> bool:
 
 
 def parameters_of(function: Any) -> dict[str, inspect.Parameter]:
-    """Parameters of a core by name; none of one that does not tell."""
+    """Parameters of a core by name; none if it has no signature."""
     if is_function_class(function):
         has_ctx = function.setup_context is torch.autograd.Function.setup_context
         function = functools.partial(function.forward, None) if has_ctx else function.forward
@@ -250,7 +250,7 @@ def adapted(core: Any, name: str, attributes: Mapping[str, Any]) -> Adapted:
             return Adapted(form, positional, defaults, tuple(settings.items()))
         except Refused as refusal:
             refusals.append(refusal)
-    # The one that came furthest says most: what ran and differs, not what took no such layout.
+    # The most telling one: of a core that ran and differs, not that took no such layout.
     raise next((one for one in refusals if not isinstance(one, CannotRun)), refusals[0])
 
 
@@ -286,9 +286,9 @@ def _compare(
     settings: Arguments,
     chosen: Arguments,
 ) -> None:
-    """Refuse a core whose output or gradients differ from ours on a problem of a few samples."""
+    """Refuse a core whose output or gradients differ from ours on a few samples."""
     where = "".join(f" with {key}={value!r}" for key, value in chosen.items())
-    problem = _problem()
+    inputs = _small_inputs()
 
     def arguments(leaves: Mapping[str, Tensor], as_tensor: bool) -> list[Arguments]:
         shapes = torch.tensor(_SHAPES, device="cpu") if as_tensor else list(_SHAPES)
@@ -302,7 +302,7 @@ def _compare(
         try:
             wanted = _results(
                 lambda x: [_call(theirs, names, one) for one in arguments(x, as_tensor)],  # noqa: B023
-                problem,
+                inputs,
             )
             break
         except Exception as error:
@@ -313,7 +313,7 @@ def _compare(
             f"got {type(failure).__name__}: {failure}"
         ) from failure
     ours = _results(
-        lambda x: [attend(form, {**settings, **one}) for one in arguments(x, as_tensor)], problem
+        lambda x: [attend(form, {**settings, **one}) for one in arguments(x, as_tensor)], inputs
     )
     for result, exact in wanted.items():
         same_shape = ours[result].shape == exact.shape
@@ -334,7 +334,7 @@ def _call(core: Core, names: Sequence[str], arguments: Arguments) -> Tensor:
 _SHAPES = ((3, 5), (2, 4))
 
 
-def _problem() -> dict[str, Tensor]:
+def _small_inputs() -> dict[str, Tensor]:
     """A few samples in our layout, some outside the maps."""
     random = torch.Generator("cpu").manual_seed(0)
 
@@ -349,11 +349,11 @@ def _problem() -> dict[str, Tensor]:
 
 
 def _results(
-    run: Callable[[Mapping[str, Tensor]], list[Tensor]], problem: Mapping[str, Tensor]
+    run: Callable[[Mapping[str, Tensor]], list[Tensor]], inputs: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Output and gradients, whatever the caller's settings of autograd and autocast."""
+    """Output and gradients, under any settings of autograd and autocast."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-        leaves = {name: tensor.clone().requires_grad_() for name, tensor in problem.items()}
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
         output = torch.stack(run(leaves))
         gradients = torch.autograd.grad(
             output.square().sum(), list(leaves.values()), materialize_grads=True
@@ -406,8 +406,8 @@ def _adapt_module(
     return _adapt_plain(value, value_spatial_shapes_list, sampling_locations, attention_weights)
 
 
-def _module(**problem: Any) -> Arguments:
-    return _plain(**problem) | dict(
+def _module(**inputs: Any) -> Arguments:
+    return _plain(**inputs) | dict(
         value_spatial_shapes=torch.tensor(_SHAPES, device="cpu"),
         value_spatial_shapes_list=list(_SHAPES),
         level_start_index=torch.tensor([0, 15], device="cpu"),
@@ -426,8 +426,8 @@ def _adapt_operator(
     return _adapt_plain(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
-def _operator(**problem: Any) -> Arguments:
-    return _plain(**problem) | dict(
+def _operator(**inputs: Any) -> Arguments:
+    return _plain(**inputs) | dict(
         value_spatial_shapes=torch.tensor(_SHAPES, device="cpu"),
         value_level_start_index=torch.tensor([0, 15], device="cpu"),
         im2col_step=64,
@@ -473,16 +473,16 @@ def _adapt_channels_first(
     return _adapt_plain(value, shapes, sampling_locations, weights)
 
 
-def _channels_first(value: Tensor, attention_weights: Tensor, **problem: Any) -> Arguments:
+def _channels_first(value: Tensor, attention_weights: Tensor, **inputs: Any) -> Arguments:
     return _plain(
         value.permute(0, 2, 3, 1).contiguous(),
         attention_weights=attention_weights.flatten(3),
-        **problem,
+        **inputs,
     )
 
 
-def _exported(**problem: Any) -> list[Arguments]:
-    given = _channels_first(**problem)
+def _exported(**inputs: Any) -> list[Arguments]:
+    given = _channels_first(**inputs)
     locations = given["sampling_locations"].flatten(3, 4)
     sizes = dict(value_spatial_shapes_hw=list(_SHAPES))
     return [given, given | sizes | dict(sampling_locations=locations)]
@@ -543,12 +543,12 @@ def _adapt_ragged_clamped_by_height(
     )
 
 
-def _ragged(method: str = "default", **problem: Any) -> Arguments:
-    return _flat(**problem) | dict(num_points_list=[1, 3])
+def _ragged(method: str = "default", **inputs: Any) -> Arguments:
+    return _flat(**inputs) | dict(num_points_list=[1, 3])
 
 
-def _levels(value_shape: str = "default", method: str = "default", **problem: Any) -> Arguments:
-    given = _ragged(**problem)
+def _levels(value_shape: str = "default", method: str = "default", **inputs: Any) -> Arguments:
+    given = _ragged(**inputs)
     if value_shape == "default":  # "reshape": as one tensor
         sizes = [height * width for height, width in _SHAPES]
         given["value"] = given["value"].permute(0, 2, 3, 1).split(sizes, -1)

@@ -13,11 +13,8 @@ from torch import SymInt, Tensor
 
 from msda import ops
 from msda.checks import check_arguments
-from msda.reference import (
-    SpatialShapes,
-    ms_deform_attn_fused_reference,
-    ms_deform_attn_reference,
-)
+from msda.ops import has_kernel
+from msda.reference import SpatialShapes
 
 _INTERPOLATIONS = ("bilinear", "nearest")
 MAX_INT64 = 2**63 - 1
@@ -107,8 +104,8 @@ def ms_deform_attn(
             attention_weights=attention_weights,
             num_points=num_points,
         )
-    if not _has_kernel(value):
-        check_arguments(
+    if not has_kernel(value):
+        arguments: dict[str, Any] = dict(
             value=value,
             spatial_shapes=shapes,
             spatial_shapes_tensor=shapes_tensor,
@@ -116,17 +113,10 @@ def ms_deform_attn(
             sampling_locations=sampling_locations,
             attention_weights=attention_weights,
             num_points=counts,
+            nearest=interpolation == "nearest",
         )
-        pairs, given_counts = _for_reference(shapes, shapes_tensor, counts)
-        return ms_deform_attn_reference(
-            value,
-            pairs,
-            None,
-            sampling_locations,
-            attention_weights,
-            num_points=given_counts,
-            interpolation=interpolation,
-        )
+        _prepare_reference(**arguments)
+        return ops.plain_by_reference(**arguments)
     return ops.ms_deform_attn(
         value,
         shapes,
@@ -207,8 +197,8 @@ def ms_deform_attn_fused(
             attention_logits=attention_logits,
             num_points=num_points,
         )
-    if not _has_kernel(value):
-        check_arguments(
+    if not has_kernel(value):
+        arguments: dict[str, Any] = dict(
             value=value,
             spatial_shapes=shapes,
             spatial_shapes_tensor=shapes_tensor,
@@ -219,17 +209,8 @@ def ms_deform_attn_fused(
             num_points=counts,
             padding_mask=padding_mask,
         )
-        pairs, given_counts = _for_reference(shapes, shapes_tensor, counts)
-        return ms_deform_attn_fused_reference(
-            value,
-            pairs,
-            None,
-            reference_points,
-            sampling_offsets,
-            attention_logits,
-            num_points=given_counts,
-            padding_mask=padding_mask,
-        )
+        _prepare_reference(**arguments)
+        return ops.fused_by_reference(**arguments)
     return ops.ms_deform_attn_fused(
         value,
         shapes,
@@ -250,7 +231,7 @@ def _observe(**arguments: Any) -> None:
 
 
 def check_tensor(argument: object, name: str) -> None:
-    """Refuse what is no tensor, or a nested one, which torch sends elsewhere."""
+    """Refuse arguments that are no tensor, and nested tensors, which torch sends elsewhere."""
     if not isinstance(argument, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(argument).__name__}")
     if argument.is_nested:
@@ -258,14 +239,14 @@ def check_tensor(argument: object, name: str) -> None:
 
 
 def as_ints(numbers: Iterable[Any], name: str) -> list[int]:
-    """Python ints of whatever are integers, NumPy's too; symbolic sizes stay as they are.
+    """Python ints of all kinds of integers, NumPy's too; symbolic sizes stay as they are.
 
     Raises:
         TypeError: one is no integer.
         ValueError: one is too large for the operator.
     """
     ints = list(numbers)
-    if torch.compiler.is_compiling():  # which would take a comparison for a condition on sizes
+    if torch.compiler.is_compiling():  # a comparison would become a condition on sizes
         return ints
     for i, number in enumerate(ints):
         if type(number) is not int and not isinstance(number, SymInt):
@@ -285,7 +266,7 @@ def as_counts(num_points: Sequence[int] | None) -> list[int]:
         raise TypeError(
             f"num_points must be a sequence of one int per level, got {num_points!r}"
         ) from None
-    if not counts:  # which the operators take for none given
+    if not counts:  # to the operators it would mean that there are none
         raise RuntimeError("num_points must hold one count per level, got ()")
     return counts
 
@@ -327,7 +308,7 @@ def _stack(numbers: Iterable[Any]) -> Tensor:
 def as_start_index(
     level_start_index: Tensor | Sequence[int] | None, shapes: list[int]
 ) -> Tensor | None:
-    """The start index as a tensor; None where it was given as the numbers that follow from shapes.
+    """The start index as a tensor; None where numbers were given, which are compared here.
 
     Raises:
         TypeError: it is neither a tensor nor a sequence of ints.
@@ -361,32 +342,24 @@ def as_start_index(
     return None
 
 
-def _for_reference(
-    shapes: list[int], shapes_tensor: Tensor | None, counts: list[int]
-) -> tuple[SpatialShapes, list[int] | None]:
-    """Shapes and counts of points as the reference takes them."""
-    if shapes_tensor is not None and shapes_tensor.is_meta:
+def _prepare_reference(**arguments: Any) -> None:
+    """Check the arguments of a call that the reference serves, and warn that it does."""
+    shapes = arguments["spatial_shapes_tensor"]
+    _warn_of_reference(arguments["value"].device.type)
+    check_arguments(**arguments)
+    if shapes is not None and shapes.is_meta:
         raise RuntimeError(
             "spatial_shapes must hold numbers where the reference runs, got a meta tensor"
         )
-    return ops.as_given(shapes, shapes_tensor, counts)
 
 
-def _has_kernel(value: Tensor) -> bool:
-    """Whether the compiled operator serves this call; if not, says so once."""
-    device = value.device.type
-    if ops.BACKEND == "native" and device in ("cpu", "cuda", "meta"):
-        return True
+def _warn_of_reference(device: str) -> None:
+    if torch.compiler.is_compiling():
+        return
     if ops.BACKEND == "native":
-        _warn_once(f"msda has no kernel for {device} tensors: the slower PyTorch reference runs.")
+        _warn(f"msda has no kernel for {device} tensors: the slower PyTorch reference runs.")
     elif not ops.BACKEND_REASON.startswith("MSDA_BACKEND"):
-        _warn_once(f"msda runs its slower PyTorch reference: {ops.BACKEND_REASON}; {ops.REMEDY}")
-    return False
-
-
-def _warn_once(message: str) -> None:
-    if not torch.compiler.is_compiling():
-        _warn(message)
+        _warn(f"msda runs its slower PyTorch reference: {ops.BACKEND_REASON}; {ops.REMEDY}")
 
 
 @functools.cache

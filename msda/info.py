@@ -2,10 +2,10 @@
 
 import sys
 
-from msda._info import info
+from msda.installation import info
 
 if __name__ == "__main__":
     print(info())
 else:
-    # `import msda.info` must not put this module in the place of the function msda.info.
+    # `import msda.info` must not replace the function msda.info by this module.
     sys.modules[__name__] = info  # type: ignore[assignment]

@@ -171,7 +171,7 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(output)  # (B, Q, C)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What ``torch.jit.script`` asks for: it has no types for sizes given in several ways."""
+        """Refuse ``torch.jit.script``, which has no types for sizes given in several ways."""
         raise NotImplementedError(
             "MSDeformAttn must be traced (torch.jit.trace), exported (torch.export) or compiled "
             "(torch.compile), got torch.jit.script"

@@ -1,7 +1,7 @@
-"""The operator over NumPy arrays, without torch: what ``csrc/msda.h`` declares, by ctypes.
+"""The operator over NumPy arrays, without torch: the C interface ``csrc/msda.h``, by ctypes.
 
-Works where torch is not installed. Forward only. In all else the functions are those of
-:mod:`msda`: the same arguments, kernels and refusals.
+Works where torch is not installed. Forward only. Apart from that the functions are those of
+:mod:`msda`: the same arguments, kernels and errors.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ SpatialShapes: TypeAlias = Sequence[tuple[int, int]] | Array
 _SUFFIX = {"darwin": "dylib", "win32": "dll"}.get(sys.platform, "so")
 LIBRARY_PATH = Path(__file__).with_name(f"libmsda_cpu.{_SUFFIX}")
 
-# msda_dtype of msda.h, by number.
-_DTYPES = (
+# By the number that msda_dtype of csrc/msda.h gives each.
+DTYPES = (
     "float32", "float64", "float16", "bfloat16", "int64", "int32", "bool", "int8", "uint8", "int16",
     "uint16", "uint32", "uint64", "complex64", "complex128",
 )  # fmt: skip
@@ -241,9 +241,9 @@ def _call(
     if counts is not None:
         options.num_points = _pointer(counts.ctypes.data or 1)
         options.num_counts = len(counts)
-    kept: list[Any] = [counts]
-    tensors = [_tensor(array, name, kept) for name, array in arrays.items()]
-    tensors.append(_tensor(output, "output", kept))
+    memory: list[Any] = [counts]
+    tensors = [_tensor(array, name, memory) for name, array in arrays.items()]
+    tensors.append(_tensor(output, "output", memory))
     status = getattr(LIBRARY, function)(*tensors, options)
     if status != 0:
         message = LIBRARY.msda_last_error().decode()
@@ -252,23 +252,23 @@ def _call(
     return output
 
 
-def _tensor(array: Array | None, name: str, kept: list[Any]) -> Any:
-    """An array as the library takes it; what it points to is added to ``kept``."""
+def _tensor(array: Array | None, name: str, memory: list[Any]) -> Any:
+    """An array as the library takes it; its memory is added to ``memory``, to outlive the call."""
     if array is None:
         return None
     if array.ndim > _MAX_RANK:
         raise RuntimeError(f"{name} must have at most {_MAX_RANK} axes, got {array.ndim}")
     dtype = array.dtype
-    number = _DTYPES.index(dtype.name) if dtype.name in _DTYPES else -1
+    number = DTYPES.index(dtype.name) if dtype.name in DTYPES else -1
     if number < 0 or not dtype.isnative:
-        raise RuntimeError(f"{name} must have a dtype of {_DTYPES} in native order, got {dtype}")
+        raise RuntimeError(f"{name} must have a dtype of {DTYPES} in native order, got {dtype}")
     if any(stride % array.itemsize for stride in array.strides):
         if name == "output":
             raise RuntimeError(f"output must be contiguous, got strides of bytes {array.strides}")
         array = np.ascontiguousarray(array)
     sizes = np.array(array.shape, np.int64)
     strides = np.array(array.strides, np.int64) // array.itemsize
-    kept += [array, sizes, strides]
+    memory += [array, sizes, strides]
     return ctypes.byref(
         _Tensor(
             data=array.ctypes.data,

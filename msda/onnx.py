@@ -1,9 +1,9 @@
 """Translations of the operator for ``torch.onnx.export``: standard ONNX, our node, or TensorRT's.
 
 In standard ONNX each level is one GridSample (bilinear) or one GatherElements (nearest), whose
-samples are weighted and summed. This is the definition in :mod:`msda.reference`, but for NaN and
-infinite locations, which are not looked for. Batch, queries and the sizes of the maps may be
-dynamic; the numbers of levels, points, heads and channels are those of the model.
+samples are weighted and summed. This is the definition in :mod:`msda.reference`, apart from
+NaN and infinite locations, which are not looked for. Batch, queries and the sizes of the maps may
+be dynamic; the numbers of levels, points, heads and channels are those of the model.
 
 In comments N is B * M, K is the number of samples of one query and head.
 """
@@ -21,11 +21,11 @@ from onnx import defs
 from onnxscript import opset18
 from onnxscript.values import Op, Opset
 
-from msda import ops
+from msda import dtypes, ops
 
 TARGETS = ("onnx", "tensorrt")
 PLUGIN_NAME = "MultiscaleDeformableAttnPlugin_TRT"
-# Where ONNX Runtime looks for plugins. TensorRT's own parser goes by the name alone.
+# The domain in which ONNX Runtime looks for plugins. TensorRT's own parser goes by the name alone.
 PLUGIN_DOMAIN = "trt.plugins"
 # Our own nodes: csrc/runtimes and msda.openvino bring them to runtimes.
 NODES = ("msda",)
@@ -85,8 +85,8 @@ def translations(
     def attend(call: _Call) -> Any:
         return _plugin(call, plugin_version) if target == "tensorrt" else _standard(call)
 
-    # The exporter calls these with the arguments of the operators in csrc/ops.cpp: ir.Value for
-    # tensors and for sizes that are dynamic, numbers as they are.
+    # The exporter calls these with the arguments of the operators' schemas (csrc/ops.cpp): ir.Value
+    # for tensors and for dynamic sizes, numbers as they are.
 
     def plain(
         value: Any,
@@ -173,7 +173,7 @@ def translations(
     }
 
 
-# ---- what both targets are made from -------------------------------------------------------------
+# ---- parts of both targets --------- -------------------------------------------------------------
 
 
 @dataclass
@@ -236,7 +236,7 @@ def _bounds(shapes: Any) -> tuple[Any, Any]:
 def _locations(
     reference_points: Any, offsets: Any, shapes: Any, counts: list[int], dtype: ir.DataType
 ) -> Any:
-    """Where the fused operator samples: (B, Q, M, K, 2)."""
+    """The sampling locations of the fused operator: (B, Q, M, K, 2)."""
     levels = [level for level, count in enumerate(counts) for _ in range(count)]
     levels_of_samples = _constant(levels, ir.DataType.INT64)
     reference = _cast(reference_points, dtype)
@@ -317,6 +317,10 @@ def _read_nearest(keys: Any, size: Any, location: Any, head_dim: int, dtype: ir.
 # ---- our own nodes -------------------------------------------------------------------------------
 
 
+# Of the dtypes whose name in ONNX is not torch's.
+_NAMES_IN_ONNX = {"float32": "float", "float64": "double"}
+
+
 def _node_op(name: str) -> Op:
     """A node as the exporter has to know an operator: T is the type of value, R that of sums."""
     parameter = defs.OpSchema.FormalParameter
@@ -336,15 +340,15 @@ def _node_op(name: str) -> Op:
         attributes.append(
             defs.OpSchema.Attribute("nearest", defs.OpSchema.AttrType.INT, required=False)
         )
-    wide = ["tensor(float)", "tensor(double)"]
-    narrow = ["tensor(float16)", "tensor(bfloat16)"]
+    floats = [f"tensor({_NAMES_IN_ONNX.get(name, name)})" for name in dtypes.FLOATS]
+    sums = ["tensor(float)", "tensor(double)"]
     schema = defs.OpSchema(
         name,
         NODE_DOMAIN,
         NODE_VERSION,
         inputs=inputs,
         outputs=[parameter("output", "T")],
-        type_constraints=[("T", wide + narrow, ""), ("R", wide, "")],
+        type_constraints=[("T", floats, ""), ("R", sums, "")],
         attributes=attributes,
     )
     return Op(Opset(NODE_DOMAIN, NODE_VERSION), name, schema)

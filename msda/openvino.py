@@ -21,7 +21,7 @@ DOMAIN = "msda"
 
 
 class _Attention(Op):  # type: ignore[misc]
-    """What both forms have."""
+    """The parts that both forms share."""
 
     name: str
     samples: int  # the input that has the axes (B, Q, ...)

@@ -1,4 +1,7 @@
-"""The operator's Python half, in reading order: load, fake kernels, backward, autograd, vmap."""
+"""The operators' Python half; csrc/ops.cpp is the other.
+
+In reading order: load, names of arguments, fake kernels, reference, backward, autograd, vmap.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from itertools import compress
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +65,7 @@ BACKEND, BACKEND_REASON = _choose_backend(LIBRARY is not None, _WHY_NOT)
 
 
 def library_text(function: str) -> str | None:
-    """What one of the library's C functions without arguments answers."""
+    """The answer of one of the library's C functions without arguments."""
     assert LIBRARY is not None
     call = getattr(LIBRARY, function)
     call.restype = ctypes.c_char_p
@@ -70,7 +74,7 @@ def library_text(function: str) -> str | None:
 
 
 def _mend() -> str | None:
-    """What to type for what this build lacks; the library's errors end with it."""
+    """How to get the parts that this build lacks; the library's errors end with it."""
     has_cuda_kernels = LIBRARY is not None and bool(library_text("msda_cuda_architectures"))
     text = remedy(LIBRARY is not None, has_cuda_kernels)
     if LIBRARY is not None and text is not None:
@@ -81,8 +85,15 @@ def _mend() -> str | None:
 REMEDY = _mend()
 
 
-# ---- fake kernels: shapes without data -----------------------------------------------------------
+def has_kernel(value: Tensor) -> bool:
+    """Whether the compiled operators serve a call with this value."""
+    return BACKEND == "native" and value.device.type in ("cpu", "cuda", "meta")
 
+
+# ---- the operators by the names of their arguments -----------------------------------------------
+
+# Schemas are in csrc/ops.cpp. A backward operator takes grad_output, in the fused form the output,
+# the arguments of its forward, a flag for each gradient, and whether it must be deterministic.
 
 # By the flag that asks for it, the input whose gradient a backward operator computes.
 _WANTED = {
@@ -95,8 +106,50 @@ _WANTED = {
 }
 
 
+def _schema(name: str) -> list[Any]:
+    """The arguments of an operator, as torch describes them."""
+    return list(getattr(torch.ops.msda, name).default._schema.arguments)
+
+
+def argument_names(name: str) -> list[str]:
+    """The names of an operator's arguments, in the order of its schema."""
+    return [argument.name for argument in _schema(name)]
+
+
+def _backward_name(name: str) -> str:
+    return f"_{name}_backward"
+
+
+class _Saved:
+    """Saves the arguments of an operator for its derivative: those without a default."""
+
+    def __init__(self, name: str) -> None:
+        schema = [argument for argument in _schema(name) if not argument.has_default_value()]
+        self.names = [argument.name for argument in schema]
+        is_tensor = ["Tensor" in str(argument.type) for argument in schema]
+        tensors = [place for place, one in enumerate(is_tensor) if one]
+        others = [place for place, one in enumerate(is_tensor) if not one]
+        # By position, and compiled: this runs in every call that records a graph.
+        self._tensors, self._others = itemgetter(*tensors), itemgetter(*others)
+        order = [*tensors, *others]
+        self._in_order = itemgetter(*(order.index(place) for place in range(len(order))))
+
+    def save(self, ctx: Any, arguments: tuple[Any, ...], *tensors: Tensor | None) -> None:
+        """Save the arguments of a call, and further tensors."""
+        ctx.save_for_backward(*tensors, *self._tensors(arguments))
+        ctx.others = self._others(arguments)
+
+    def restore(self, ctx: Any, count: int = 0) -> tuple[Any, ...]:
+        """``count`` further tensors, then the arguments in their order."""
+        saved = ctx.saved_tensors
+        return (*saved[:count], *self._in_order((*saved[count:], *ctx.others)))
+
+
+# ---- fake kernels: shapes without data -----------------------------------------------------------
+
+
 def _register_fake(name: str) -> None:
-    names = _argument_names(name)
+    names = argument_names(name)
 
     def fake(*given: Any, **named: Any) -> Any:
         arguments = dict(zip(names, given, strict=False)) | named
@@ -116,214 +169,134 @@ def _register_fake(name: str) -> None:
     torch.library.register_fake(f"msda::{name}", fake)
 
 
-def _argument_names(name: str) -> list[str]:
-    return [argument.name for argument in getattr(torch.ops.msda, name).default._schema.arguments]
+# ---- the reference, with the arguments of the operators ------------------------------------------
+
+
+def plain_by_reference(
+    value: Tensor,
+    spatial_shapes: list[int],
+    spatial_shapes_tensor: Tensor | None,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: list[int],
+    nearest: bool,
+) -> Tensor:
+    """Compute ``torch.ops.msda.ms_deform_attn`` in plain PyTorch."""
+    return ms_deform_attn_reference(
+        value,
+        _shapes(spatial_shapes, spatial_shapes_tensor),
+        None,
+        sampling_locations,
+        attention_weights,
+        num_points=num_points or None,
+        interpolation="nearest" if nearest else "bilinear",
+    )
+
+
+def fused_by_reference(
+    value: Tensor,
+    spatial_shapes: list[int],
+    spatial_shapes_tensor: Tensor | None,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    num_points: list[int],
+    padding_mask: Tensor | None,
+) -> Tensor:
+    """Compute ``torch.ops.msda.ms_deform_attn_fused`` in plain PyTorch."""
+    return ms_deform_attn_fused_reference(
+        value,
+        _shapes(spatial_shapes, spatial_shapes_tensor),
+        None,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        num_points=num_points or None,
+        padding_mask=padding_mask,
+    )
+
+
+def _shapes(sizes: list[int], tensor: Tensor | None) -> SpatialShapes:
+    """Shapes as the reference takes them."""
+    return list(zip(sizes[::2], sizes[1::2], strict=True)) if tensor is None else tensor
 
 
 # ---- backward ------------------------------------------------------------------------------------
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, shapes, shapes_tensor, start_index, locations, weights, num_points, nearest = inputs
-    ctx.save_for_backward(value, shapes_tensor, start_index, locations, weights)
-    ctx.spatial_shapes = shapes
-    ctx.num_points = num_points
-    ctx.nearest = nearest
+def _first_derivative(name: str, backward: Callable[..., Any]) -> tuple[Any, Any]:
+    """What autograd saves of an operator's call, and how it then computes the gradients."""
+    saved, backward_names = _Saved(name), argument_names(_backward_name(name))
+    wanted = [one for flag, one in _WANTED.items() if flag in backward_names]
+    places = [saved.names.index(one) for one in wanted]
+    needs_of = itemgetter(*places)
+    reads_output = "output" in backward_names
 
+    def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if reads_output:  # apart from the CPU's backward
+            on_cpu = inputs[0].device.type == "cpu"
+            saved.save(ctx, inputs, None if on_cpu else output)
+        else:
+            saved.save(ctx, inputs)
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    value, shapes_tensor, start_index, locations, weights = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grad_value, grad_locations, grad_weights = _ms_deform_attn_backward(
-        grad_output,
-        value,
-        ctx.spatial_shapes,
-        shapes_tensor,
-        start_index,
-        locations,
-        weights,
-        ctx.num_points,
-        ctx.nearest,
-        needs[0],
-        needs[4],
-        needs[5],
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    return (
-        grad_value if needs[0] else None,
-        None,  # spatial_shapes
-        None,  # spatial_shapes_tensor
-        None,  # level_start_index
-        grad_locations if needs[4] else None,
-        grad_weights if needs[5] else None,
-        None,  # num_points
-        None,  # nearest
-    )
+    def compute(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        needs = needs_of(ctx.needs_input_grad)
+        gradients = backward(
+            grad_output,
+            *saved.restore(ctx, int(reads_output)),
+            *needs,
+            torch.are_deterministic_algorithms_enabled(),
+        )
+        by_input: list[Tensor | None] = [None] * len(saved.names)
+        for place, gradient in compress(zip(places, gradients, strict=True), needs):
+            by_input[place] = gradient
+        return tuple(by_input)
 
-
-def _save_fused_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    value, shapes, shapes_tensor, start_index, reference, offsets, logits, num_points, mask = inputs
-    kept = None if value.device.type == "cpu" else output  # the CPU's backward does not read it
-    ctx.save_for_backward(kept, value, shapes_tensor, start_index, reference, offsets, logits, mask)
-    ctx.spatial_shapes = shapes
-    ctx.num_points = num_points
-
-
-def _fused_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    output, value, shapes_tensor, start_index, reference, offsets, logits, mask = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    grad_value, grad_reference, grad_offsets, grad_logits = _ms_deform_attn_fused_backward(
-        grad_output,
-        output,
-        value,
-        ctx.spatial_shapes,
-        shapes_tensor,
-        start_index,
-        reference,
-        offsets,
-        logits,
-        ctx.num_points,
-        mask,
-        needs[0],
-        needs[4],
-        needs[5],
-        needs[6],
-        torch.are_deterministic_algorithms_enabled(),
-    )
-    return (
-        grad_value if needs[0] else None,
-        None,  # spatial_shapes
-        None,  # spatial_shapes_tensor
-        None,  # level_start_index
-        grad_reference if needs[4] else None,
-        grad_offsets if needs[5] else None,
-        grad_logits if needs[6] else None,
-        None,  # num_points
-        None,  # padding_mask
-    )
+    return save_inputs, compute
 
 
 # ---- backward of the backward --------------------------------------------------------------------
 
-# Slow and exact: the reference is differentiated twice, once somebody asks for it.
 
+def _second_derivative(name: str, by_reference: Callable[..., Tensor]) -> tuple[Any, Any]:
+    """The same for a backward operator. Slow and exact: it differentiates the reference twice."""
+    saved, names = _Saved(_backward_name(name)), argument_names(_backward_name(name))
+    forward_names = argument_names(name)
+    flags = [flag for flag in _WANTED if flag in names]
+    wanted_names = [_WANTED[flag] for flag in flags]
 
-def _second_derivative(
-    reference: Callable[..., Tensor],
-    tensors: list[Tensor],
-    grad_output: Tensor,
-    wanted: tuple[bool, ...],
-    grads: tuple[Tensor, ...],
-) -> tuple[Tensor, ...]:
-    """Differentiate the gradients that a backward operator computed.
+    def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        saved.save(ctx, inputs)
 
-    Args:
-        reference: what the forward operator computes from ``tensors``.
-        tensors: what the backward operator can differentiate by.
-        grad_output: (B, Q, M * D) what it was given.
-        wanted: which of its gradients it computed.
-        grads: gradients by its gradients.
+    def compute(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        arguments = dict(zip(saved.names, saved.restore(ctx), strict=True))
+        fixed = {one: arguments[one] for one in forward_names if one not in wanted_names}
+        wanted = [arguments[flag] for flag in flags]
 
-    Returns:
-        Gradients by ``grad_output`` and by each of ``tensors``.
-    """
+        def reference(*tensors: Tensor) -> Tensor:
+            return by_reference(**dict(zip(wanted_names, tensors, strict=True)), **fixed)
 
-    def first(grad_output: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        pull_back = torch.func.vjp(reference, *tensors)[1]
-        return tuple(compress(pull_back(grad_output), wanted))
+        def first(grad_output: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            pull_back = torch.func.vjp(reference, *tensors)[1]
+            return tuple(compress(pull_back(grad_output), wanted))
 
-    pull_back = torch.func.vjp(first, grad_output, *tensors)[1]
-    return pull_back(tuple(compress(grads, wanted)))
+        differentiable = ["grad_output", *wanted_names]
+        pull_back = torch.func.vjp(first, *(arguments[one] for one in differentiable))[1]
+        gradients = pull_back(tuple(compress(grads, wanted)))
+        by_name = dict(zip(differentiable, gradients, strict=True))
+        # None for the output: its part is in the gradients of what it was computed from.
+        return tuple(by_name.get(one) for one in names)
 
-
-def as_given(
-    shapes: list[int], shapes_tensor: Tensor | None, num_points: list[int]
-) -> tuple[SpatialShapes, list[int] | None]:
-    """Shapes and counts of points as the reference takes them."""
-    pairs = list(zip(shapes[::2], shapes[1::2], strict=True))
-    return pairs if shapes_tensor is None else shapes_tensor, num_points or None
-
-
-def _save_backward_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    grad_output, value, shapes, shapes_tensor, _, locations, weights, *options = inputs
-    ctx.save_for_backward(grad_output, value, locations, weights, shapes_tensor)
-    ctx.spatial_shapes = shapes
-    ctx.num_points, ctx.nearest, *needs = options
-    ctx.wanted = tuple(needs[:3])
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    grad_output, *tensors, shapes_tensor = ctx.saved_tensors
-    shapes, counts = as_given(ctx.spatial_shapes, shapes_tensor, ctx.num_points)
-
-    def reference(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-        return ms_deform_attn_reference(
-            value,
-            shapes,
-            None,
-            locations,
-            weights,
-            num_points=counts,
-            interpolation="nearest" if ctx.nearest else "bilinear",
-        )
-
-    by_grad_output, by_value, by_locations, by_weights = _second_derivative(
-        reference, tensors, grad_output, ctx.wanted, grads
-    )
-    return (
-        by_grad_output,
-        by_value,
-        None,  # spatial_shapes
-        None,  # spatial_shapes_tensor
-        None,  # level_start_index
-        by_locations,
-        by_weights,
-        *[None] * 6,  # num_points, nearest, needs_*, deterministic
-    )
-
-
-def _save_fused_backward_inputs(
-    ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
-) -> None:
-    grad_output, _, value, shapes, shapes_tensor, _, reference, offsets, logits, *options = inputs
-    num_points, mask, *needs = options
-    ctx.save_for_backward(grad_output, value, reference, offsets, logits, shapes_tensor, mask)
-    ctx.spatial_shapes = shapes
-    ctx.num_points = num_points
-    ctx.wanted = tuple(needs[:4])
-
-
-def _double_fused_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    grad_output, *tensors, shapes_tensor, mask = ctx.saved_tensors
-    shapes, counts = as_given(ctx.spatial_shapes, shapes_tensor, ctx.num_points)
-
-    def reference(value: Tensor, *points: Tensor) -> Tensor:
-        return ms_deform_attn_fused_reference(
-            value, shapes, None, *points, num_points=counts, padding_mask=mask
-        )
-
-    by_grad_output, by_value, by_reference, by_offsets, by_logits = _second_derivative(
-        reference, tensors, grad_output, ctx.wanted, grads
-    )
-    return (
-        by_grad_output,
-        None,  # output: its part is in the gradients of what it was computed from
-        by_value,
-        None,  # spatial_shapes
-        None,  # spatial_shapes_tensor
-        None,  # level_start_index
-        by_reference,
-        by_offsets,
-        by_logits,
-        *[None] * 7,  # num_points, padding_mask, needs_*, deterministic
-    )
+    return save_inputs, compute
 
 
 # ---- autograd ------------------------------------------------------------------------------------
 
-# What torch.library would register for autograd runs in Python for every call, wanted or not, which
-# is twice the time of a small problem, and torch.func refuses it. So a plain eager call goes around
-# what is registered, and what is registered knows torch.func.
+# A derivative that torch.library registers runs in Python for every call, wanted or not, which
+# doubles the time of a small problem, and torch.func refuses it. So a plain eager call goes around
+# the registered derivative, which in turn knows torch.func.
 
 _INTERNALS = (
     hasattr(torch._C, "_AutoDispatchBelowAutograd")
@@ -337,7 +310,7 @@ _INTERNALS = (
 
 
 def _is_plain(arguments: tuple[Any, ...]) -> bool:
-    """Whether nobody wants to see the call: no tracer, mode, transform or subclass of Tensor."""
+    """Whether nobody watches the call: no tracer, mode, transform or subclass of Tensor."""
     return (
         _INTERNALS
         and not torch.compiler.is_compiling()
@@ -361,7 +334,7 @@ def _wants_graph(arguments: tuple[Any, ...]) -> bool:
 
 
 def _refuse_nested(names: list[str], arguments: tuple[Any, ...]) -> None:
-    """A nested tensor would not get as far as the checks."""
+    """Refuse nested tensors, which would not reach the checks."""
     for name, argument in zip(names, arguments, strict=False):
         if isinstance(argument, Tensor) and argument.is_nested:
             name = name.removesuffix("_tensor")
@@ -369,7 +342,7 @@ def _refuse_nested(names: list[str], arguments: tuple[Any, ...]) -> None:
 
 
 def _refuse_forward_mode(arguments: tuple[Any, ...]) -> None:
-    """There is no forward-mode derivative; PyTorch would take it to be zero."""
+    """Refuse a forward-mode derivative: there is none, and PyTorch would take it for zero."""
     if any(
         forward_ad.unpack_dual(argument).tangent is not None
         for argument in arguments
@@ -380,8 +353,8 @@ def _refuse_forward_mode(arguments: tuple[Any, ...]) -> None:
         )
 
 
-def _differentiable(name: str, backward: Any, save_inputs: Any) -> Callable[..., Any]:
-    """Give an operator its derivative; return what calls it by the shortest way."""
+def _differentiable(name: str, save_inputs: Any, backward: Any) -> Callable[..., Any]:
+    """Give an operator its derivative; return a function that calls it by the shortest way."""
     operator = getattr(torch.ops.msda, name).default
     if not _INTERNALS:
         torch.library.register_autograd(f"msda::{name}", backward, setup_context=save_inputs)
@@ -404,7 +377,7 @@ def _differentiable(name: str, backward: Any, save_inputs: Any) -> Callable[...,
 
     Derivative.backward = DerivativeInTransform.backward = staticmethod(backward)  # type: ignore[method-assign]
 
-    names = _argument_names(name)
+    names = argument_names(name)
 
     def at_autograd(*arguments: Any) -> Any:
         _refuse_nested(names, arguments)
@@ -434,9 +407,9 @@ def _differentiable(name: str, backward: Any, save_inputs: Any) -> Callable[...,
 
 
 def _register_vmap(name: str) -> None:
-    """Let vmap make one call of many: the axis that it maps over becomes a part of the batch."""
+    """Let vmap make one call of many: its axis becomes a part of the batch."""
     operator = getattr(torch.ops.msda, name).default
-    names = _argument_names(name)
+    names = argument_names(name)
 
     def rule(info: Any, axes: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         def fold(name: str, argument: Any, axis: Any) -> Any:
@@ -472,23 +445,18 @@ def _register_vmap(name: str) -> None:
 # ---- registration --------------------------------------------------------------------------------
 
 
+def _register(name: str, by_reference: Callable[..., Tensor]) -> tuple[Any, Any]:
+    """Add Python's half to an operator and its backward; return what calls each."""
+    for each in (name, _backward_name(name)):
+        _register_fake(each)
+        _register_vmap(each)
+    backward = _differentiable(_backward_name(name), *_second_derivative(name, by_reference))
+    return _differentiable(name, *_first_derivative(name, backward)), backward
+
+
 if LIBRARY is not None:
     _REGISTRATIONS = torch.library.Library("msda", "FRAGMENT")
-    for _name in (
-        "ms_deform_attn",
-        "ms_deform_attn_fused",
-        "_ms_deform_attn_backward",
-        "_ms_deform_attn_fused_backward",
-    ):
-        _register_fake(_name)
-        _register_vmap(_name)
-    ms_deform_attn = _differentiable("ms_deform_attn", _backward, _save_inputs)
-    ms_deform_attn_fused = _differentiable(
-        "ms_deform_attn_fused", _fused_backward, _save_fused_inputs
-    )
-    _ms_deform_attn_backward = _differentiable(
-        "_ms_deform_attn_backward", _double_backward, _save_backward_inputs
-    )
-    _ms_deform_attn_fused_backward = _differentiable(
-        "_ms_deform_attn_fused_backward", _double_fused_backward, _save_fused_backward_inputs
+    ms_deform_attn, ms_deform_attn_backward = _register("ms_deform_attn", plain_by_reference)
+    ms_deform_attn_fused, ms_deform_attn_fused_backward = _register(
+        "ms_deform_attn_fused", fused_by_reference
     )

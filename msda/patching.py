@@ -1,11 +1,11 @@
 """Run the attention of any model by `msda`, say what was done, and take it back.
 
-What computes the attention in a model, the core, stands in one of four places: it is a method
+The core of a model computes its attention. It stands in one of four places: it is a method
 (``forward``, where the core is a module of its own), a function or an ``autograd.Function`` that a
-method finds among its globals, or a function that a module keeps as an attribute. ``use_msda``
+method finds among its globals, or a function that a module has as an attribute. ``use_msda``
 gives each module that has a core a subclass of its class, which calls ours instead; the module
 itself, its parameters, buffers and hooks stay as they are. Nothing here imports a library of
-models.
+models. Pickled models name this module and :mod:`msda.forms`.
 """
 
 from __future__ import annotations
@@ -100,7 +100,8 @@ def use_msda(model: Model, *, strict: bool = True) -> Model:
             chosen = []
         for one, refusal in failed:
             # A compiled operator that does not run here leaves the module to its other core.
-            if chosen and one.kind == "operator" and isinstance(refusal, CannotRun):
+            does_not_run = one.kind == "operator" and isinstance(refusal, CannotRun)
+            if chosen and (does_not_run or isinstance(refusal, _Ambiguous)):
                 left.append(Entry(name, one.name, "", "left alone", str(refusal)))
             else:
                 refused.append((Entry(name, one.name, "", "refused", str(refusal)), refusal))
@@ -146,15 +147,16 @@ def undo(model: Model) -> Model:
 
 @dataclass(frozen=True)
 class Entry:
-    """What became of one core.
+    """The fate of one core.
 
     Attributes:
         module: the name of its module, as in ``model.named_modules()``.
         core: the name of the method, function or attribute.
         form: the form that its arguments have; see :func:`msda.register_core`. Empty where it is
             not in place.
-        status: "in place", "refused", or "left alone": a compiled operator that does not run on
-            this machine's CPU, beside a core that is in place (`msda.drop_in` provides it).
+        status: "in place", "refused", or "left alone", beside a core that is in place: a compiled
+            operator that does not run on this machine's CPU (`msda.drop_in` provides it), or a core
+            whose name its methods use for something else, too.
         reason: why it is not in place; empty otherwise.
         calls: how often ours ran in its place since, eagerly: compiled and exported code does not
             count. A copy of a module begins at 0.
@@ -237,7 +239,7 @@ class CallCounter:
         self._looking = threading.Lock()
 
     def total(self) -> int:
-        """How many were counted."""
+        """The number of calls."""
         with self._looking:
             self._looks += 1
             return self.add() + 1 - self._looks
@@ -268,10 +270,15 @@ class _Found(NamedTuple):
     kind: str
     owner: str  # the class whose method it is, or whose method calls it
     theirs: Any
+    is_ambiguous: bool = False
+
+
+class _Ambiguous(Refused):
+    """A core whose name its methods use for something else, too."""
 
 
 class _Chosen(NamedTuple):
-    """What replaces it."""
+    """The replacement of a core."""
 
     name: str
     kind: str
@@ -281,15 +288,17 @@ class _Chosen(NamedTuple):
 
 def _cores_of(module: nn.Module) -> Iterator[_Found]:
     for owner in _classes(type(module)):
-        seen = set()
+        called: dict[str, Any] = {}
+        ambiguous: set[str] = set()
         for name, method in _methods(owner):
             if looks_like_core(method):
                 yield _Found(name, "method", _path(owner), MethodType(method, module))
-            for called, item in _called(method):
-                if called not in seen:
-                    seen.add(called)
-                    kind = "operator" if is_function_class(item) else "function"
-                    yield _Found(called, kind, _path(owner), item)
+            for core, item, is_ambiguous in _called(method):
+                called.setdefault(core, item)
+                ambiguous |= {core} if is_ambiguous else set()
+        for core, item in called.items():
+            kind = "operator" if is_function_class(item) else "function"
+            yield _Found(core, kind, _path(owner), item, core in ambiguous)
     for name, item in vars(module).items():
         is_function = isinstance(item, FunctionType | MethodType | functools.partial)
         if is_function and looks_like_core(item):
@@ -300,6 +309,11 @@ def _choose(
     core: _Found, module_name: str, module: nn.Module, proved: dict[Any, Adapted | Refused]
 ) -> _Chosen:
     """Prove a core; one that several modules share is proved once for each of their settings."""
+    if core.is_ambiguous:
+        raise _Ambiguous(
+            f"{core.name} of {module_name} must have a name that its methods use for nothing else, "
+            "got one that is also that of an attribute, or assigned"
+        )
     attributes = {key: item for key, item in vars(module).items() if isinstance(item, str)}
     key = (core.theirs, tuple(sorted(attributes.items())))
     if key not in proved:
@@ -323,7 +337,7 @@ def _classes(cls: type[nn.Module]) -> Iterator[type]:
 
 def _methods(owner: type) -> Iterator[tuple[str, FunctionType]]:
     for name, method in vars(owner).items():
-        # A constructor keeps cores as attributes, which are found there, and calls none.
+        # A constructor calls no cores: it sets them as attributes, where they are found.
         if isinstance(method, FunctionType) and name != "__init__":
             yield name, method
 
@@ -332,38 +346,43 @@ def _path(owner: type) -> str:
     return f"{owner.__module__}:{owner.__qualname__}"
 
 
-def _called(method: FunctionType) -> Iterator[tuple[str, Any]]:
-    """The cores that a method, or what it decorates, finds among its globals."""
+def _called(method: FunctionType) -> Iterator[tuple[str, Any, bool]]:
+    """The cores that a method, or what it decorates, finds among its globals.
+
+    With each, whether that code uses the name for something else, too: :func:`_renamed` could not
+    rename the core alone.
+    """
     yield from _own_cores(method)
     for _, decorated in _decorated(method):
         yield from _called(decorated)
 
 
-def _own_cores(function: FunctionType) -> Iterator[tuple[str, Any]]:
+def _own_cores(function: FunctionType) -> Iterator[tuple[str, Any, bool]]:
     for code in _codes(function.__code__):
         for name in code.co_names:
             item = function.__globals__.get(name)
             is_callable = is_function_class(item) or isinstance(item, FunctionType)
-            if is_callable and looks_like_core(item) and _is_global(code, name):
-                yield name, item
+            if is_callable and looks_like_core(item):
+                uses = _uses(code, name)
+                if "LOAD_GLOBAL" in uses:
+                    yield name, item, len(uses) > 1
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Of a function and of those within it."""
+    """The code of a function and of the functions within it."""
     yield code
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _codes(constant)
 
 
-def _is_global(code: CodeType, name: str) -> bool:
-    """Whether it reads a global of that name; one that reads such an attribute, too, is left."""
-    uses = {
+def _uses(code: CodeType, name: str) -> set[str]:
+    """The instructions by which code uses a name, such as LOAD_GLOBAL or LOAD_ATTR."""
+    return {
         instruction.opname
         for instruction in dis.get_instructions(code)
         if instruction.opcode in dis.hasname and instruction.argval == name
     }
-    return uses == {"LOAD_GLOBAL"}
 
 
 def _decorated(method: FunctionType) -> Iterator[tuple[int, FunctionType]]:
@@ -461,7 +480,7 @@ def _patched_class(cls: type[nn.Module], chosen: tuple[_Chosen, ...]) -> type[nn
             if name in ours and ours[name].kind == "method":
                 overridden[name] = functools.wraps(method)(_runner(ours[name]))
                 continue
-            called = {one for one, _ in _called(method)} & set(ours)
+            called = {one for one, *_ in _called(method)} & set(ours)
             if called:
                 overridden[name] = _redirected(method, {one: ours[one] for one in called})
         if overridden:
@@ -475,7 +494,7 @@ def _patched_class(cls: type[nn.Module], chosen: tuple[_Chosen, ...]) -> type[nn
         "msda_replaced": cls,
         "msda_chosen": chosen,
     }
-    # A property goes before what the module holds under that name, and so leaves it there.
+    # A property goes before the module's own attribute of that name, and leaves it there.
     members |= {one.name: _as_property(one) for one in chosen if one.kind == "attribute"}
     return type(cls.__name__, (Patched, *bases), members)
 
@@ -524,8 +543,7 @@ def _redirected(method: FunctionType, called: Mapping[str, _Chosen]) -> Core:
     """A copy of a method that finds our functions where it looks for cores among its globals.
 
     The copy has the same globals, but looks for the cores under other names, which ours are given
-    there. So nothing changes for other users of that module, and the copy sees what is changed in
-    it later.
+    there. So nothing changes for other users of that module, and the copy sees later changes of it.
     """
     copy = _copied(method, called)
 
@@ -546,7 +564,7 @@ _running: ContextVar[nn.Module | None] = ContextVar("running", default=None)
 
 
 def _copied(function: FunctionType, called: Mapping[str, _Chosen]) -> FunctionType:
-    own = {name for name, _ in _own_cores(function)} & set(called)
+    own = {name for name, *_ in _own_cores(function)} & set(called)
     aliases = {name: _alias(function.__globals__, called[name]) for name in own}
     cells = list(function.__closure__ or ())
     for number, decorated in _decorated(function):
@@ -580,7 +598,7 @@ def _renamed(code: CodeType, aliases: Mapping[str, str]) -> CodeType:
         for constant in code.co_consts
     )
     names = tuple(
-        aliases[name] if name in aliases and _is_global(code, name) else name
+        aliases[name] if name in aliases and _uses(code, name) == {"LOAD_GLOBAL"} else name
         for name in code.co_names
     )
     return code.replace(co_consts=tuple(constants), co_names=names)

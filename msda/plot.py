@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from msda.forms import observers
+from msda.explore import explore
+from msda.forms import core_observers
 from msda.modules import MSDeformAttn
-from msda.page import explore
 from msda.patching import attention_layers
-from msda.reference import SpatialShapes, locations_and_weights
+from msda.reference import SpatialShapes, locations_and_weights, sum_dtype
 
 if TYPE_CHECKING:  # matplotlib is needed to draw, not to record
     from matplotlib.axes import Axes
@@ -263,7 +263,7 @@ def _record_calls(
             reference_points,
             offsets.unflatten(-1, (module.n_heads, -1, 2)),
             logits.unflatten(-1, (module.n_heads, -1)),
-            torch.promote_types(offsets.dtype, torch.float32),
+            sum_dtype(offsets.dtype),
         )  # (B, Q, M, K, 2), (B, Q, M, K)
         ragged = not isinstance(module.n_points, int)
         sample_axes = (-1,) if ragged else (module.n_levels, -1)
@@ -298,17 +298,17 @@ def _record_cores(
         latest.append((shapes, locations.detach(), weights.detach(), counts))
 
     def begin(_: nn.Module, args: Any) -> None:
-        observers.set((*observers.get(), observe))
+        core_observers.set((*core_observers.get(), observe))
 
     def append(_: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        observers.set(tuple(other for other in observers.get() if other is not observe))
+        core_observers.set(tuple(other for other in core_observers.get() if other is not observe))
         calls = latest.copy()
         latest.clear()
         if output is None:  # the forward raised an error
             return
         reference_points = signature.bind(*args, **kwargs).arguments.get("reference_points")
         for shapes, locations, weights, counts in calls:
-            dtype = torch.promote_types(locations.dtype, torch.float32)
+            dtype = sum_dtype(locations.dtype)
             samples.append(
                 SamplingRecord(
                     name,

@@ -27,6 +27,11 @@ from torch import Tensor
 SpatialShapes = Sequence[Sequence[int]] | Tensor
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of coordinates and sums: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def ms_deform_attn_reference(
     value: Tensor,
     spatial_shapes: SpatialShapes,
@@ -59,7 +64,7 @@ def _attend(
 ) -> Tensor:
     if padding_mask is not None:
         value = value.masked_fill(padding_mask[..., None, None], 0)
-    acc_dtype = torch.promote_types(value.dtype, torch.float32)
+    acc_dtype = sum_dtype(value.dtype)
     batch, _, num_heads, head_dim = value.shape
     num_queries = sampling_locations.shape[1]
 
@@ -103,7 +108,7 @@ def ms_deform_attn_fused_reference(
         reference_points,
         sampling_offsets,
         attention_logits,
-        torch.promote_types(value.dtype, torch.float32),
+        sum_dtype(value.dtype),
     )
     return _attend(value, shapes, points, locations, weights, padding_mask, _sample_bilinear)
 

@@ -12,7 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msda.functional import ms_deform_attn, ms_deform_attn_fused
-from msda.reference import ms_deform_attn_fused_reference, ms_deform_attn_reference
+from msda.reference import (
+    ms_deform_attn_fused_reference,
+    ms_deform_attn_reference,
+    sum_dtype,
+)
 
 # Encoder of Deformable DETR R50 at 800 x 1333: strides 8, 16, 32, 64 (S = 22 223).
 PAPER_SHAPES = [(100, 167), (50, 84), (25, 42), (13, 21)]
@@ -194,7 +198,7 @@ def pixel_centres(shapes: Sequence[tuple[int, int]]) -> Tensor:
     return torch.cat(centres)
 
 
-# Where queries sample, by name: see make_inputs.
+# The distributions of sampling locations: see make_inputs.
 LOCATIONS = ("uniform", "local", "initial", "clustered")
 
 
@@ -264,7 +268,7 @@ def make_inputs(
     queries = num_keys if num_queries is None else num_queries
     random = torch.Generator().manual_seed(seed)
     if point_dtype is None:
-        point_dtype = torch.promote_types(dtype, torch.float32)
+        point_dtype = sum_dtype(dtype)
 
     value = torch.randn(batch, num_keys, num_heads, head_dim, generator=random)
     size = (batch, queries, num_heads, sum(counts))
@@ -351,7 +355,7 @@ def make_fused_inputs(
     return FusedInputs(
         value=plain.value,
         spatial_shapes=plain.spatial_shapes,
-        reference_points=reference.to(device, torch.promote_types(point_dtype, torch.float32)),
+        reference_points=reference.to(device, sum_dtype(point_dtype)),
         sampling_offsets=offsets.to(device, point_dtype),
         attention_logits=logits.to(device, point_dtype),
         num_points=plain.num_points,
@@ -360,7 +364,7 @@ def make_fused_inputs(
 
 
 def available_memory() -> float:
-    """Bytes of memory that are free for use on this machine; infinite where it cannot be told."""
+    """Bytes of memory that are free for use on this machine; infinite if unknown."""
     try:
         with open("/proc/meminfo") as lines:
             for line in lines:

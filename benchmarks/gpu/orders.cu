@@ -15,7 +15,7 @@
 
 #include "../../csrc/cuda/backward.cu"
 #include "../../csrc/cuda/forward.cu"
-#include "../../csrc/cuda/levels.cu"
+#include "../../csrc/cuda/level_table.cu"
 #include "device.cuh"
 
 namespace {

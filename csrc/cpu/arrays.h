@@ -1,5 +1,5 @@
-// Scratch memory, and arrays whose element type is known at run time only. Compiled once per
-// instruction set.
+// Scratch memory, and arrays whose dtype is known at run time only. Compiled once per instruction
+// set.
 
 #pragma once
 
@@ -11,8 +11,8 @@
 namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 
-// An aligned array that is left uninitialised. (No std container: its functions, compiled for this
-// instruction set, could be the ones the linker keeps for all sets.)
+// An aligned array, not initialised. (No std container: the linker could choose its functions as
+// compiled for this instruction set, and use them in all.)
 template <class T>
 class Buffer {
  public:
@@ -47,21 +47,6 @@ inline void copy_bytes(const void* from, void* to, int64_t count) {
     store_as(target + i, load_as<Vec<float>>(source + i));
   }
   if (i < count) std::memcpy(target + i, source + i, count - i);
-}
-
-// Calls f with a null pointer of the array's element type.
-template <class F>
-inline auto dispatch_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(static_cast<double*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<Half*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
 }
 
 // Copies count elements, converting between element types on the way.
@@ -110,8 +95,8 @@ inline void write(const Array& array, int64_t offset, int64_t count, const Real*
 
 constexpr int64_t kCacheLine = 64;  // bytes
 
-// Asks memory for count elements from offset on, which are to be read or to be written: a line that
-// is only written must be fetched as well, and stores wait for one another.
+// Fetches count elements from offset on, before they are read or written: a line that is only
+// written must be fetched, too, and stores wait for one another.
 template <bool kToWrite, class AnyArray>
 inline void prefetch(const AnyArray& array, int64_t offset, int64_t count) {
   const int64_t size = element_size(array.dtype);

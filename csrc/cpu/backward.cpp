@@ -46,8 +46,8 @@ void backward_channels(const PackedSamples<T, kPacked>& samples, const T* value,
     Vec<Real> weights[kNumCorners];
     for (int c = 0; c < kNumCorners; ++c) weights[c] = load(weight + c * kStep);
     IntVec<Real> index = {};
-    // As many samples at once as their sums fill a vector: what is stored whole can be loaded whole
-    // before it has reached the cache. Samples past the last do not count.
+    // So many samples at once that their sums fill a vector: a whole vector that was stored can be
+    // loaded before it has reached the cache. Samples past the last do not count.
     for (int j = 0; j < group; j += kQuads<Real>) {
       Vec<Real> dot[kQuads<Real>][kNumCorners] = {};
       MSDA_UNROLL for (int s = 0; s < kQuads<Real>; ++s, index += 1) {
@@ -124,7 +124,7 @@ class Backward {
         copy_(problem, first_key_, kPacked ? num_keys_ : 0),
         sums_((num_sums_ + 1) * problem.head_dim) {
     std::memset(dots_.get(), 0, 4 * samples_.padded() * sizeof(Real));
-    std::memset(rubbish(), 0, problem.head_dim * sizeof(Real));
+    std::memset(spare_row(), 0, problem.head_dim * sizeof(Real));
   }
 
   // Head m of image b.
@@ -139,17 +139,17 @@ class Backward {
       value = copy_.get();
       value_rows = copy_.rows();
     }
-    // Where the gradients of the pixels are summed: in place, or next to each other.
+    // The sums of the pixels' gradients: in place, or next to each other.
     Real* grad_value = nullptr;
     Rows grad_rows{};
     if (num_sums_ > 0) {
       std::memset(sums_.get(), 0, num_sums_ * D * sizeof(Real));
       grad_value = sums_.get();
-      grad_rows = {D * int64_t(sizeof(Real)), first_key_, distance(grad_value, rubbish())};
+      grad_rows = {D * int64_t(sizeof(Real)), first_key_, distance(grad_value, spare_row())};
     } else if (outputs_.grad_value.is_wanted) {
       grad_value =
           static_cast<Real*>(outputs_.grad_value.data) + (b * problem_.num_keys * M + m) * D;
-      grad_rows = {M * D * int64_t(sizeof(Real)), 0, distance(grad_value, rubbish())};
+      grad_rows = {M * D * int64_t(sizeof(Real)), 0, distance(grad_value, spare_row())};
     }
     for (int64_t q = 0; q < problem_.num_queries; ++q) {
       samples_.set_query(b, q);
@@ -161,8 +161,8 @@ class Backward {
   }
 
  private:
-  // A row past the sums, for corners that are not to be added to.
-  Real* rubbish() { return sums_.get() + num_sums_ * problem_.head_dim; }
+  // A row past the sums: the kernels add there what must reach no pixel, and nobody reads it.
+  Real* spare_row() { return sums_.get() + num_sums_ * problem_.head_dim; }
 
   void write_sums(int64_t b, int64_t m) {
     const int64_t M = problem_.num_heads, D = problem_.head_dim;
@@ -209,7 +209,7 @@ class Backward {
 
   // The gradients of points and weights, each of which belongs to one sample alone.
   void write_sample_gradients(int64_t head) {
-    const bool in_pixels = outputs_.grad_reference.is_wanted;
+    const bool in_pixels = outputs_.grad_reference_points.is_wanted;
     for (int64_t i = 0; i < samples_.padded(); i += kLanes<Real>) {
       Corners<Vec<Real>> dot;
       load_quads(dots_.get() + 4 * i, dot.nw, dot.ne, dot.sw, dot.se);
@@ -293,8 +293,8 @@ void backward_softmax_rows(const Problem& problem, const ConstArray& grad_weight
 
 // Heads are added up sample by sample first, whole vectors at a time, and levels at the end.
 template <class Real>
-void backward_reference_rows(const Problem& problem, const BackwardOutputs& outputs, int64_t first,
-                             int64_t last) {
+void backward_reference_points_rows(const Problem& problem, const BackwardOutputs& outputs,
+                                    int64_t first, int64_t last) {
   constexpr int kStep = kLanes<Real>;
   const int64_t M = problem.num_heads, K = problem.num_samples;
   const int64_t size = problem.reference_size, levels = problem.reference_levels;
@@ -353,7 +353,7 @@ void backward_reference_rows(const Problem& problem, const BackwardOutputs& outp
         grad_point[3] += sums_by_offset[2 * i + 1] * height * half_over_points;
       }
     }
-    write(outputs.grad_reference, row * levels * size, levels * size, grad_reference.get());
+    write(outputs.grad_reference_points, row * levels * size, levels * size, grad_reference.get());
   }
 }
 
@@ -365,7 +365,7 @@ void backward(const Problem& problem, const BackwardInputs& inputs, const Backwa
   dispatch_dtype(problem.value.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Real = acc_t<T>;
-    if (is_dense(problem, problem.num_queries) && fits<index_t<Real>>(problem, sizeof(Real))) {
+    if (packs_pixels(problem, problem.num_queries) && fits<index_t<Real>>(problem, sizeof(Real))) {
       backward_tasks<T, true>(problem, inputs, outputs, by_level, first, last);
     } else {
       backward_tasks<T, false>(problem, inputs, outputs, by_level, first, last);
@@ -381,11 +381,11 @@ void backward_softmax(const Problem& problem, const ConstArray& grad_weights,
   });
 }
 
-void backward_reference(const Problem& problem, const BackwardOutputs& outputs, int64_t first,
-                        int64_t last) {
+void backward_reference_points(const Problem& problem, const BackwardOutputs& outputs,
+                               int64_t first, int64_t last) {
   dispatch_dtype(problem.value.dtype, [&](auto* type) {
-    backward_reference_rows<acc_t<std::remove_pointer_t<decltype(type)>>>(problem, outputs, first,
-                                                                          last);
+    backward_reference_points_rows<acc_t<std::remove_pointer_t<decltype(type)>>>(problem, outputs,
+                                                                                 first, last);
   });
 }
 

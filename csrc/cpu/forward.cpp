@@ -7,7 +7,7 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 namespace {
 
-// How many samples before their turn, at least, the pixels of a sparse call are asked for.
+// Where pixels are not packed, they are fetched at least so many samples before their turn.
 constexpr int64_t kSamplesAhead = 8;
 
 // Sums samples first..last-1 over kVectors vectors of channels, or over the first `channels` lanes
@@ -106,8 +106,8 @@ void forward_heads(const Problem& problem, const ForwardOutputs& outputs, bool p
 }
 
 // Walks rows (b * Q + q) * M + m from first to last - 1, query by query. All heads of a query are
-// prepared at once, and each query before the one before it is summed: the pixels, which lie
-// anywhere, can be asked for ahead.
+// prepared at once, and each query is prepared before the previous one is summed: so its pixels,
+// which lie anywhere, can be fetched ahead.
 template <class T>
 void forward_queries(const Problem& problem, const ForwardOutputs& outputs, int64_t first,
                      int64_t last) {
@@ -127,7 +127,7 @@ void forward_queries(const Problem& problem, const ForwardOutputs& outputs, int6
     samples.prepare(b, q, 0, {M * row_bytes, 0, distance(value_of(query), zeros.get())});
     return samples.prepared();
   };
-  const auto ask_for_pixels = [&](const Prepared& of, const T* value, int64_t head) {
+  const auto fetch_pixels = [&](const Prepared& of, const T* value, int64_t head) {
     for (int64_t i = head * K; i < (head + 1) * K; ++i) {
       for (int c = 0; c < kNumCorners; ++c) {
         const T* const pixel = at_distance(value, of.value_offset[samples.corner_index(c, i)]);
@@ -142,15 +142,15 @@ void forward_queries(const Problem& problem, const ForwardOutputs& outputs, int6
 
   const int64_t last_query = (last - 1) / M;
   Prepared next = prepare(first / M);
-  for (int64_t m = 0; m < ahead; ++m) ask_for_pixels(next, value_of(first / M), m);
+  for (int64_t m = 0; m < ahead; ++m) fetch_pixels(next, value_of(first / M), m);
   for (int64_t query = first / M; query <= last_query; ++query) {
     const Prepared current = next;
     if (query < last_query) next = prepare(query + 1);
     for (int64_t m = 0; m < M; ++m) {
       if (m + ahead < M) {
-        ask_for_pixels(current, value_of(query), m + ahead);
+        fetch_pixels(current, value_of(query), m + ahead);
       } else if (query < last_query) {
-        ask_for_pixels(next, value_of(query + 1), m + ahead - M);
+        fetch_pixels(next, value_of(query + 1), m + ahead - M);
       }
       const int64_t row = query * M + m;
       if (row < first || row >= last) continue;
@@ -169,9 +169,9 @@ void forward(const Problem& problem, const ForwardOutputs& outputs, int64_t firs
     using Near = index_t<acc_t<T>>;
     const int64_t num_queries =
         problem.num_queries < last - first ? problem.num_queries : last - first;
-    if (!is_dense(problem, problem.num_queries)) {
+    if (!packs_pixels(problem, problem.num_queries)) {
       forward_queries<T>(problem, outputs, first, last);
-    } else if (is_dense(problem, num_queries) && fits<Near>(problem, sizeof(T))) {
+    } else if (packs_pixels(problem, num_queries) && fits<Near>(problem, sizeof(T))) {
       forward_heads<T, Near>(problem, outputs, true, first, last);
     } else {
       forward_heads<T, int64_t>(problem, outputs, false, first, last);

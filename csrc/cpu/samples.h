@@ -1,9 +1,9 @@
 // From the inputs of one query and head to samples that a loop over channels can use: which pixels,
-// with which weights. Shared by forward and backward, by plain and fused calls.
+// with which weights. Forward and backward, plain and fused calls share this.
 //
 // All K samples of a query and head, or of a query and all its heads, are prepared together, a
-// vector of samples at a time, because this work would otherwise cost as much as the gather itself.
-// Arrays are padded to whole vectors.
+// vector of samples at a time: one by one this would cost as much as reading the pixels. Arrays are
+// padded to whole vectors.
 
 #pragma once
 
@@ -15,7 +15,7 @@
 namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 
-// From what the caller gave for one axis (a location or an offset) to a pixel coordinate:
+// From a given number of one axis (a location or an offset) to a pixel coordinate:
 // step * given + origin + rest, where rest is what origin lost to rounding. One entry per sample.
 template <class Real>
 struct AxisTransform {
@@ -42,16 +42,16 @@ struct ReferenceTransform {
   Buffer<Real> step;                     // from the last two
 };
 
-// Rows of queries and heads from now that inputs and outputs are asked for: those of this head,
+// Inputs and outputs are fetched so many rows of queries and heads ahead: the rows of this head,
 // some queries on. A walk head by head jumps too far for the machine to foresee it, and memory
 // answers later than one query takes.
 inline int64_t rows_ahead(const Problem& problem) { return 4 * problem.num_heads; }
 
-// Where the pixels of one head lie in memory, in bytes from a base pointer: key k at
-// (k - first_key) * key_stride. Corners that are not to be read or written go to `nowhere`, a row
-// of zeros to read or a row of rubbish to add to. That keeps the loops over samples free of
-// branches, which the one sample in seven of an encoder that lies at an edge would mislead, and
-// keeps an Inf in a pixel that is not a corner from leaking through a zero weight.
+// The pixels of one head in memory, in bytes from a base pointer: key k at
+// (k - first_key) * key_stride. Corners that must not be read or written lie at `nowhere`: a row of
+// zeros to read, or a row to add to that nobody reads. So the loops over samples have no branches,
+// which the one sample in seven of an encoder that lies at an edge would mislead, and an Inf in a
+// pixel that is no corner does not leak through a zero weight.
 struct Rows {
   int64_t key_stride;
   int64_t first_key;
@@ -65,11 +65,10 @@ inline bool fits(const Problem& problem, int64_t scalar_size) {
          (int64_t(1) << (8 * sizeof(Offset) - 1)) / scalar_size - 1;
 }
 
-// Turns rows of logits into their softmax. Rows are padded to whole vectors. One step after the
-// other for all rows, because each waits for what lies far behind in its own row: the sum over its
-// lanes.
-constexpr int64_t kSoftmaxRows = 8;  // at most
+constexpr int64_t kSoftmaxRows = 8;  // that softmax() takes at once, at most
 
+// Turns rows of logits into their softmax. Rows are padded to whole vectors. Each step is done for
+// all rows before the next: within one row it would wait for the sum over the lanes.
 template <class Real>
 inline void softmax(Real* rows, int64_t num_rows, int64_t stride, int64_t count) {
   constexpr int kStep = kLanes<Real>;
@@ -101,9 +100,9 @@ inline void softmax(Real* rows, int64_t num_rows, int64_t stride, int64_t count)
 }
 
 // Turns gradients of a softmax's weights into those of its logits:
-// grad_logit = p * (grad_p - sum over all samples of p * grad_p). That sum is also
-// <grad_output, output>, but for roundings of the output, and but for a NaN of grad_output where no
-// sample counts, which all gradients are 0 of.
+// grad_logit = p * (grad_p - sum over all samples of p * grad_p). That sum equals
+// <grad_output, output>, apart from roundings of the output, and apart from a NaN of grad_output
+// where no sample counts: all gradients are 0 there.
 template <class Real>
 inline void softmax_backward(const Real* weights, Real* gradients, int64_t count) {
   constexpr int kStep = kLanes<Real>;
@@ -145,7 +144,7 @@ inline T* at_distance(T* from, int64_t bytes) {
 
 // One head's pixels of some levels, copied next to each other, and a row of zeros after them. In
 // value the rows of a head lie M * D elements apart and share an eighth of the L1 sets (8 heads); a
-// copy uses all of them. Worth it where pixels are sampled often: see is_dense().
+// copy uses all of them. Worth it where pixels are sampled often: see packs_pixels().
 template <class T>
 class HeadRows {
  public:
@@ -188,16 +187,16 @@ class HeadRows {
   Buffer<T> rows_;
 };
 
-// The samples of one query and head at a time, or of one query and all its heads. Holds the tables
-// and buffers that outlive them. Offset is the type of distances between pixels: index_t<Real>
-// where it can hold them.
+// Prepares the samples of one query and head at a time, or of one query and all its heads. Holds
+// the tables and buffers that serve them all. Offset is the type of distances between pixels:
+// index_t<Real> where it can hold them.
 template <class Real, class Offset>
 class Samples {
  public:
-  // What a loop over channels reads of the samples that one prepare() left: for corner c of sample
-  // i, at corner_index(c, i), attention times corner weight, and the offset of the pixel in value.
-  // Vectors of samples, corners within: a loop over one such vector reads all four corners through
-  // one pointer.
+  // The result of one prepare(), for a loop over channels: for corner c of sample i, at
+  // corner_index(c, i), attention times corner weight, and the offset of the pixel in value. The
+  // four corners of a vector of samples lie together, so that the loop reads them through one
+  // pointer.
   struct Prepared {
     const Real* corner_weight;
     const Offset* value_offset;
@@ -214,12 +213,9 @@ class Samples {
       : problem_(problem),
         heads_at_once_(heads_at_once),
         for_backward_(for_backward),
-        first_level_(first_level),
-        last_level_(last_level),
         begin_(count_points(problem, 0, first_level)),
         count_(heads_at_once * count_points(problem, first_level, last_level)),
         padded_(round_up(count_, kLanes<Real>)),
-        padded_all_(round_up(problem.num_samples, kLanes<Real>)),
         width_(padded_),
         height_(padded_),
         map_width_(padded_),
@@ -231,7 +227,8 @@ class Samples {
         reference_(round_up(problem.num_levels * problem.reference_size, kLanes<Real>)),
         given_points_(2 * padded_),
         given_weights_(padded_),
-        softmax_stride_(problem.is_fused ? padded_all_ + kLanes<Real> : 0),
+        softmax_stride_(
+            problem.is_fused ? round_up(problem.num_samples, kLanes<Real>) + kLanes<Real> : 0),
         softmaxed_(kSoftmaxRows * softmax_stride_),
         key_(padded_),
         corners_(padded_),
@@ -262,26 +259,22 @@ class Samples {
   int64_t count() const { return count_; }    // number of samples, of all heads at once
   int64_t padded() const { return padded_; }  // length of the arrays below
 
-  // Constants of each sample's level.
-  const Real* width() const { return width_.get(); }
-  const Real* height() const { return height_.get(); }
-
-  // What prepare() computed for each sample: the corners that are read (bit c for corner c), the
-  // fractions, the attention weight (0 where the sample does not count) and the same weight as
-  // given or softmaxed (whether it counts or not).
+  // prepare() computes these for each sample: the corners that are read (bit c for corner c), the
+  // fractions, the attention weight (0 where the sample does not count) and the weight as given or
+  // softmaxed, whether the sample counts or not.
   const index_t<Real>* corners() const { return corners_.get(); }
   const Real* fx() const { return fx_.get(); }
   const Real* fy() const { return fy_.get(); }
   const Real* attention() const { return attention_.get(); }
   const Real* weights() const { return weights_; }
 
-  // Of the last prepare(): it stays as it is during the next one.
+  // Of the last prepare(). The next one leaves it alone.
   Prepared prepared() const { return {corner_weight_.get() + half_, value_offset_.get() + half_}; }
 
   // The offset of the pixel in grad_value, if given grad_rows.
   const Offset* grad_offset() const { return grad_offset_.get(); }
 
-  // How what was given becomes pixels, per sample.
+  // From given numbers to pixels, per sample.
   const AxisTransform<Real>& x() const { return x_; }
   const AxisTransform<Real>& y() const { return y_; }
 
@@ -291,7 +284,7 @@ class Samples {
     const int64_t given = problem_.reference_levels * problem_.reference_size;
     const int64_t size = problem_.num_levels * problem_.reference_size;
     Real* const reference = reference_.numbers.get();
-    read(problem_.reference, (b * problem_.num_queries + q) * given, given, reference);
+    read(problem_.reference_points, (b * problem_.num_queries + q) * given, given, reference);
     for (int64_t i = given; i < size; ++i) reference[i] = reference[i - given];
     for (int64_t i = 0; i < size; i += kLanes<Real>) {
       const Vec<Real> numbers = load(reference + i), sides = load(reference_.sides.get() + i);
@@ -317,8 +310,8 @@ class Samples {
     }
   }
 
-  // Prepares the samples of head m of query q of image b, which set_query() was called for, or
-  // those of all its heads, m being 0.
+  // Prepares the samples of head m of query q of image b, after set_query() of the same query; or,
+  // of several heads at once, those of all heads, with m = 0.
   void prepare(int64_t b, int64_t q, int64_t m, const Rows& value_rows,
                const Rows* grad_rows = nullptr) {
     half_ = kNumCorners * padded_ - half_;
@@ -382,8 +375,9 @@ class Samples {
     }
   }
 
-  // What is the same for all queries. Bilinear: x = loc * W - 1/2. Nearest: x = loc * W + 1/2, then
-  // truncated (RT-DETRv2's rule). Fused: x = offset * 1 + origin, or by boxes as set_query() says.
+  // The transform of all queries. Bilinear: x = loc * W - 1/2. Nearest: x = loc * W + 1/2, then
+  // truncated (RT-DETRv2's rule). Fused: x = offset * 1 + origin, and set_query() fills in the
+  // rest.
   void set_transform() {
     for (int64_t i = 0; i < padded_; ++i) {
       x_.step[i] = problem_.is_fused ? 1 : width_[i];
@@ -393,8 +387,8 @@ class Samples {
     }
   }
 
-  // The softmax of the logits of one query and head: those of the next queries are computed with
-  // it.
+  // The softmax of the logits of one query and head, computed together with those of the next
+  // queries.
   const Real* softmaxed(int64_t b, int64_t q, int64_t m) {
     const int64_t M = problem_.num_heads, K = problem_.num_samples, Q = problem_.num_queries;
     const int64_t head = b * M + m;
@@ -411,7 +405,7 @@ class Samples {
     return softmaxed_.get() + (q - softmaxed_begin_) * softmax_stride_;
   }
 
-  // The same of all heads of one query, next to each other.
+  // The softmax of all heads of one query, next to each other.
   const Real* softmaxed_heads(int64_t b, int64_t q) {
     const int64_t M = problem_.num_heads, K = problem_.num_samples;
     const int64_t first_head = (b * problem_.num_queries + q) * M;
@@ -429,8 +423,8 @@ class Samples {
     return weights;
   }
 
-  // The buffers as plain pointers, which the compiler can keep in registers: stores might otherwise
-  // be taken to change the members.
+  // The buffers as plain pointers, which the compiler can keep in registers: it could take a store
+  // to change a member.
   struct Pointers {
     const Real *points, *weights, *width, *height;
     const Offset *map_width, *level_start, *head_offset;
@@ -533,8 +527,8 @@ class Samples {
   // Stores where the corners of a vector of samples lie.
   void place(const Pointers& p, int64_t i, IntVec<Real> x0, IntVec<Real> y0,
              const Corners<IntVec<Real>>& read, const Rows& value_rows, const Rows* grad_rows) {
-    const bool keep_keys = problem_.has_padding_mask;
-    if (for_backward_ || keep_keys) {
+    const bool needs_keys = problem_.has_padding_mask;
+    if (for_backward_ || needs_keys) {
       store_as(p.corners + i, (read.nw & (1 << kNw)) | (read.ne & (1 << kNe)) |
                                   (read.sw & (1 << kSw)) | (read.se & (1 << kSe)));
     }
@@ -543,7 +537,7 @@ class Samples {
       const Vec<Offset> map_width = load_as<Vec<Offset>>(p.map_width + j);
       const Vec<Offset> key = load_as<Vec<Offset>>(p.level_start + j) +
                               widen<Offset>(y0, part) * map_width + widen<Offset>(x0, part);
-      if (keep_keys) store_as(p.key + j, key);
+      if (needs_keys) store_as(p.key + j, key);
       const Corners<Vec<Offset>> wide{widen<Offset>(read.nw, part), widen<Offset>(read.ne, part),
                                       widen<Offset>(read.sw, part), widen<Offset>(read.se, part)};
       const Vec<Offset> head = load_as<Vec<Offset>>(p.head_offset + j);
@@ -566,7 +560,7 @@ class Samples {
     store_as(offsets + corner_index(kSe, i), read.se ? south + stride : nowhere);
   }
 
-  // Turns away from the corners that lie on padded pixels.
+  // Drops the corners that lie on padded pixels.
   void drop_padding(int64_t b, const Rows& value_rows, const Rows* grad_rows) {
     const uint8_t* const mask = problem_.padding_mask + b * problem_.num_keys;
     for (int64_t i = 0; i < count_; ++i) {
@@ -584,8 +578,7 @@ class Samples {
   const Problem& problem_;
   const int64_t heads_at_once_;
   const bool for_backward_;
-  const int64_t first_level_, last_level_;
-  const int64_t begin_, count_, padded_, padded_all_;
+  const int64_t begin_, count_, padded_;
   Buffer<Real> width_, height_;
   Buffer<Offset> map_width_, level_start_, head_offset_;
   Buffer<index_t<Real>> reference_index_;  // of the first number of a sample's level in reference_

@@ -9,6 +9,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "../dtypes.h"
+
 #if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -19,7 +21,7 @@
 #error "MSDA_CPU_CAPABILITY names the instruction set this file is compiled for"
 #endif
 
-// Before a loop whose arrays are to stay in registers: every turn spelled out.
+// Before a loop whose arrays must stay in registers: the compiler writes every turn out.
 #if defined(__clang__)
 #define MSDA_UNROLL _Pragma("unroll")
 #else
@@ -36,18 +38,6 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;  // SSE2, NEON: part of every 64-bit x86 and Arm machine
 #endif
-
-// 16-bit floats as stored; all arithmetic is done in acc_t.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// The type in which values of type T are summed.
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 // The integer as wide as a coordinate, so that masks and indices line up with it lane by lane.
 template <class Real>
@@ -67,8 +57,8 @@ using Vec = VecN<Real, kLanes<Real>>;
 template <class Real>
 using IntVec = VecN<index_t<Real>, kLanes<Real>>;
 
-// What callers give need not be aligned to its elements: nothing else but intrinsics follows a
-// pointer to it.
+// Arrays of callers need not be aligned to their elements: only these two and intrinsics read and
+// write through a pointer into them.
 template <class V>
 inline V load_as(const void* p) {
   V v;
@@ -346,7 +336,7 @@ inline V interleave(V a, V b, int offset, std::integer_sequence<int, I...>) {
                      : __builtin_shufflevector(a, b, (I % 2 * n + n / 2 + I / 2)...);
 }
 
-// Each run of kRun lanes in the place of its neighbour.
+// Swaps each run of kRun lanes with its neighbour.
 template <int kRun, class V, int... I>
 inline V swap_runs(V v, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(v, v, (I ^ kRun)...);
@@ -435,7 +425,7 @@ inline auto sum_lanes(V v) {
   return reduce_lanes(v, [](V a, V b) { return a + b; });
 }
 
-// Of numbers that are no NaN.
+// No lane may be NaN.
 template <class V>
 inline auto largest_lane(V v) {
   return reduce_lanes(v, [](V a, V b) { return a > b ? a : b; });

@@ -19,7 +19,7 @@ void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
   params.grad_points = outputs.grad_points;
   params.grad_weights = outputs.grad_weights;
   params.head_dim = int32_t(problem.head_dim);
-  params.points_in_pixels = outputs.grad_reference.is_wanted;
+  params.points_in_pixels = outputs.grad_reference_points.is_wanted;
   const bool aligned = is_aligned(params.value) && is_aligned(params.grad_output) &&
                        (!problem.is_fused || is_aligned(params.output)) &&
                        (!outputs.grad_value.is_wanted || is_aligned(outputs.grad_value.data));
@@ -35,11 +35,12 @@ void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
     };
     problem.is_fused ? run(std::true_type()) : run(std::false_type());
   });
-  if (outputs.grad_reference.is_wanted) {
+  if (outputs.grad_reference_points.is_wanted) {
     const int64_t references = problem.batch * problem.num_queries * problem.reference_levels;
-    const Array grad_reference = outputs.grad_reference;
-    launch(backward_reference_kernel<acc_t<T>>, unsigned(divide_up(references, kThreadsPerBlock)),
-           kThreadsPerBlock, call.stream, params, grad_reference, uint32_t(references));
+    const Array grad_reference_points = outputs.grad_reference_points;
+    launch(backward_reference_points_kernel<acc_t<T>>,
+           unsigned(divide_up(references, kThreadsPerBlock)), kThreadsPerBlock, call.stream, params,
+           grad_reference_points, uint32_t(references));
   }
 }
 

@@ -18,7 +18,7 @@ struct BackwardParams {
   Gradient grad_points;     // (B, Q, M, K, 2)
   Gradient grad_weights;    // (B, Q, M, K)
   int32_t head_dim;
-  bool points_in_pixels;  // leave grad_points in pixels, for backward_reference_kernel
+  bool points_in_pixels;  // leave grad_points in pixels, for backward_reference_points_kernel
 };
 
 // ---- sums over the lanes of a sub-warp ----------------------------------------------------------
@@ -74,8 +74,8 @@ MSDA_DEVICE void write_weight_gradient(const BackwardParams& params, int64_t i, 
   }
 }
 
-// Writes the gradients of sample i of B * Q * M * K, whose corners have the products dot with
-// grad_output. delta: <grad_output, output> of the query and head, for the softmax.
+// Writes the gradients of sample i of B * Q * M * K. dot: <grad_output, v> of each corner. delta:
+// <grad_output, output> of the query and head, for the softmax.
 template <bool kFused, bool kCommon, class Real>
 MSDA_DEVICE void write_gradients(const BackwardParams& params, int64_t i,
                                  const Sample<Real>& sample, Corners<Real> dot, Real delta) {
@@ -125,7 +125,8 @@ class ValueGradient {
  public:
   using Real = acc_t<T>;
 
-  // Loads nothing where nothing is wanted. All lanes of a warp call this together.
+  // Loads nothing where the gradient of value is not wanted. All lanes of a warp call this
+  // together.
   MSDA_DEVICE ValueGradient(const BackwardParams& params, const Head& head,
                             const Lane<kLanes>& self, int head_dim, int channels)
       : wanted_(params.grad_value.is_wanted ? 0xf : 0), head_dim_(head_dim), channels_(channels) {
@@ -140,7 +141,7 @@ class ValueGradient {
         m = __shfl_sync(kAllLanes, m, lane);
       }
       const int64_t channel = int64_t(head.b) * params.sampling.num_keys * channels + m * head_dim;
-      // As a number: where it is not wanted there is no such address.
+      // As a number: there is no such address where the gradient is not wanted.
       grad_value_[member] =
           reinterpret_cast<Real*>(reinterpret_cast<intptr_t>(params.grad_value.data) +
                                   (channel + first_channel_) * int(sizeof(Real)));
@@ -150,8 +151,8 @@ class ValueGradient {
     }
   }
 
-  // Makes ready to add to the channels from chunk on. g: grad_output of the channels whose pixels
-  // this lane reads.
+  // Loads the share of the channels from chunk on, before add(). g: grad_output of the channels
+  // whose pixels this lane reads.
   MSDA_DEVICE void load_chunk(int chunk, const Real (&g)[kVec]) {
     rest_ = kExact ? kVec * kLanes : head_dim_ - chunk - first_channel_;
     if (width() == kVec && members() == 1) {  // the same
@@ -175,7 +176,7 @@ class ValueGradient {
     }
   }
 
-  // Where a sample of a member adds, and with which weights.
+  // The pixels that a sample of a member adds to, and its weights.
   struct Rows {
     Corners<Real> weights;
     uint32_t corners;  // to which it adds
@@ -183,7 +184,7 @@ class ValueGradient {
     Real* south;
   };
 
-  // Of sample i of a round.
+  // The rows of sample i of a round.
   MSDA_DEVICE Rows rows(const Round<Real>& round, int i, int member = 0) const {
     const int slot = Lane<kLanes>::slot(first_sub_warp_, member * kLanes + i);
     round.count_get(slot);
@@ -219,7 +220,7 @@ class ValueGradient {
     for (int i = 0; i < kWidth; ++i) x[i] = element(v, i);
   }
 
-  // Where condition is false row may be no address at all.
+  // Where condition is false, row may be no address at all.
   MSDA_DEVICE void add_corner(bool condition, Real* row, int offset, Real weight,
                               int member) const {
     const int count = kVec / members();
@@ -253,7 +254,7 @@ class ValueGradient {
 
 // ---- the kernel ---------------------------------------------------------------------------------
 
-// Blocks that a multiprocessor is to hold at once: what the registers are cut to.
+// Blocks that a multiprocessor must hold at once; the compiler cuts the registers to that.
 template <class T, int kLanes, bool kExact, bool kFused, bool kCommon>
 constexpr int backward_blocks() {
   if (sizeof(T) == 8) return 3;
@@ -368,8 +369,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock,
       __syncwarp();
     }
 
-    // A head of which no sample counts has an output of 0, which makes a NaN of grad_output a NaN
-    // of delta, where there is nothing that it could reach.
+    // Where no sample of a head counts, its output is 0, and a NaN of grad_output makes delta NaN.
+    // It must not reach the gradient of the weights then.
     if constexpr (kFused) {
       if (!__any_sync(kAllLanes, delta != delta)) return;
       for (int s = 1; s < kLanes * order.split; s *= 2) {
@@ -387,13 +388,13 @@ __global__ void __launch_bounds__(kThreadsPerBlock,
 
 // ---- gradients of the reference points ----------------------------------------------------------
 
-// One thread for each reference point: sums the gradients, in pixels, of the samples that it
-// placed, in their order, and turns them into gradients of the offsets.
+// One thread for each reference point: sums the gradients, in pixels, of its samples, in their
+// order, and turns them into gradients of the offsets.
 template <class Real>
 __global__ void __launch_bounds__(kThreadsPerBlock)
-    backward_reference_kernel(const __grid_constant__ BackwardParams params,
-                              const __grid_constant__ Array grad_reference,
-                              const uint32_t num_references) {
+    backward_reference_points_kernel(const __grid_constant__ BackwardParams params,
+                                     const __grid_constant__ Array grad_reference_points,
+                                     const uint32_t num_references) {
   __shared__ DeviceLevel staged_levels[kMaxLevels];
   const Sampling& sampling = params.sampling;
   const DeviceLevel* const levels = stage_levels(sampling, staged_levels);
@@ -408,8 +409,8 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
   const int64_t first = int64_t(reference) * sampling.reference_size;
   Pair<Real> extent = {0, 0};  // width and height of a box
   if (is_box) {
-    extent.x = load_number<Real>(sampling.reference, first + 2);
-    extent.y = load_number<Real>(sampling.reference, first + 3);
+    extent.x = load_number<Real>(sampling.reference_points, first + 2);
+    extent.y = load_number<Real>(sampling.reference_points, first + 3);
   }
   Real* const grad_points = static_cast<Real*>(params.grad_points.data);
   Pair<Real> grad_centre = {0, 0}, grad_extent = {0, 0};
@@ -440,11 +441,11 @@ __global__ void __launch_bounds__(kThreadsPerBlock)
       }
     }
   }
-  store_number(grad_reference, first, grad_centre.x);
-  store_number(grad_reference, first + 1, grad_centre.y);
+  store_number(grad_reference_points, first, grad_centre.x);
+  store_number(grad_reference_points, first + 1, grad_centre.y);
   if (is_box) {
-    store_number(grad_reference, first + 2, grad_extent.x);
-    store_number(grad_reference, first + 3, grad_extent.y);
+    store_number(grad_reference_points, first + 2, grad_extent.x);
+    store_number(grad_reference_points, first + 3, grad_extent.y);
   }
 }
 

@@ -14,7 +14,7 @@ struct ForwardParams {
   int32_t head_dim;
 };
 
-// Blocks that a multiprocessor is to hold at once: what the registers are cut to.
+// Blocks that a multiprocessor must hold at once; the compiler cuts the registers to that.
 template <class T, int kLanes, bool kFused, bool kCommon>
 constexpr int forward_blocks() {
   if (sizeof(T) == 8) return 4;

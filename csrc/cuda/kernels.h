@@ -1,8 +1,12 @@
-// The CUDA kernels as the torch side sees them. No CUDA header is needed to include this one.
+// The CUDA kernels as their callers see them: ../run_cuda.cpp (torch), and the executor of the
+// tests. No CUDA header is needed to include this one.
 //
 // Reading order: samples.cuh (from the inputs to one sample), order.cuh (which block works on
-// what), forward.cuh and backward.cuh (the kernels), gather.cuh (the deterministic gradient of
-// value), launch.cuh (which kernel, in how many blocks); vec.cuh has what moves numbers.
+// what), forward.cuh and backward.cuh (the kernels), deterministic_backward.cuh (the gradient of
+// value without atomic additions), launch.cuh (which kernel, in how many blocks). Beneath them:
+// vec.cuh (numbers, loads, stores, atomic additions). Beside them: level_table.cu (a table of
+// levels in the GPU's memory, and its check), deterministic_cells.cu (where the samples of a cell
+// begin), dtypes.cpp (the kernels for a dtype).
 
 #pragma once
 
@@ -10,13 +14,13 @@
 
 namespace msda {
 
-// What a call on a GPU needs beside the problem, whose pointers all point into the GPU's memory
-// (but problem.levels, which is on the host).
+// A call on a GPU, beside the problem. All pointers of the problem point into the GPU's memory,
+// apart from problem.levels, which is on the host.
 struct CudaCall {
   void* stream = nullptr;  // a cudaStream_t of the current device
 
-  // Heights and widths where the host does not know them: (L, 2), and those of problem.levels are
-  // not read.
+  // Heights and widths where the host does not know them: (L, 2), in place of those of
+  // problem.levels. The GPU checks them: see level_table.cu.
   bool shapes_on_device = false;
   bool shapes_are_int64 = true;
   const void* spatial_shapes = nullptr;
@@ -45,7 +49,8 @@ void forward_cuda(const Problem& problem, const ForwardOutputs& outputs, const C
 
 // grad_value is of type float32 for 16-bit values, else of value's own, and must be zero before; it
 // is summed by atomic additions, in no fixed order. Every element of the other gradients is
-// written. grad_points is of float32 (float64 for float64 values) where grad_reference is wanted.
+// written. grad_points is of float32 (float64 for float64 values) where grad_reference_points is
+// wanted.
 template <class T>
 void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
                    const BackwardOutputs& outputs, const CudaCall& call);
@@ -77,15 +82,7 @@ template <class T>
 void gather_cuda(const Problem& problem, const BackwardInputs& inputs, const Array& grad_value,
                  const SortedSamples& samples, const CudaCall& call);
 
-// 16-bit floats as stored.
-struct Half {
-  uint16_t bits;
-};
-struct BFloat16 {
-  uint16_t bits;
-};
-
-// The same for whatever type value is of. See dispatch.cpp.
+// The same, for the type of problem.value.dtype: see dtypes.cpp.
 void forward_cuda(const Problem& problem, const ForwardOutputs& outputs, const CudaCall& call);
 void backward_cuda(const Problem& problem, const BackwardInputs& inputs,
                    const BackwardOutputs& outputs, const CudaCall& call);

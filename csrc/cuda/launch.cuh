@@ -12,7 +12,7 @@ namespace msda {
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // the next call is not to report it again
+  cudaGetLastError();  // or the next call reports it again
   throw std::runtime_error(std::string("msda could not ") + what + ": " +
                            cudaGetErrorString(error));
 }
@@ -26,7 +26,7 @@ void launch(void (*kernel)(Params...), unsigned blocks, unsigned threads, void* 
              "launch a CUDA kernel");
 }
 
-// ---- what fits ----------------------------------------------------------------------------------
+// ---- limits -------------------------------------------------------------------------------------
 
 inline void check_fits(bool fits, const char* name, const char* rule, int64_t value) {
   if (fits) return;
@@ -54,8 +54,8 @@ inline void check_fits(const Problem& problem) {
 
 // ---- the parameters that forward and backward share ---------------------------------------------
 
-// What it takes to fill some entries of the table of levels in memory: where the sizes are known to
-// the GPU only, or are too many for a kernel's parameters.
+// Some entries of the table of levels in memory, to be filled by level_table.cu: where the GPU
+// alone knows the sizes, or where there are too many for a kernel's parameters.
 struct LevelTableParams {
   DeviceLevel levels[kMaxLevels];  // some of the table's; without sizes and starts if has_shapes
   const void* shapes;              // (L, 2), int64 or int32; if has_shapes
@@ -67,10 +67,11 @@ struct LevelTableParams {
   bool shapes_are_int64;
 };
 
-// See levels.cu.
+// In level_table.cu.
 void fill_level_table(const LevelTableParams& params, void* stream);
 
-// What it takes to find where each cell's samples begin, for the deterministic gradient of value.
+// For deterministic_cells.cu, which finds where the samples of each cell begin, for the
+// deterministic gradient of value.
 struct CellStartsParams {
   const int32_t* sorted_cells;  // (N), N = B * Q * M * K
   int32_t* starts;              // (C + 1), C = B * M * cells_per_head
@@ -78,20 +79,20 @@ struct CellStartsParams {
   int32_t num_cells;            // C
 };
 
-// See cells.cu.
+// In deterministic_cells.cu.
 void find_cell_starts(const CellStartsParams& params, void* stream);
 
 inline bool needs_level_table(int64_t num_levels, bool shapes_on_device) {
   return shapes_on_device || num_levels > kMaxLevels;
 }
 
-// Fills in the levels, and enqueues what computes their table where one is needed.
+// Fills in the levels; enqueues the kernel that computes their table, where one is needed.
 inline Sampling make_sampling(const Problem& problem, const CudaCall& call) {
   Sampling sampling = {};
   sampling.num_levels = int32_t(problem.num_levels);
   sampling.points = problem.points;
   sampling.weights = problem.weights;
-  sampling.reference = problem.reference;
+  sampling.reference_points = problem.reference_points;
   sampling.has_padding_mask = problem.has_padding_mask;
   sampling.padding_mask = problem.padding_mask;
   sampling.num_queries = int32_t(problem.num_queries);
@@ -160,8 +161,8 @@ inline int64_t warps_to_fill(int64_t corner_bytes) {
   return 1 + divide_up(kTurnsOfWaits, corner_bytes + kTurnsOfSharedMemory);
 }
 
-// lanes: of a sub-warp. blocks_per_multiprocessor: that run at once. corner_bytes: that a kernel
-// moves for one corner of a sample.
+// lanes: of a sub-warp. blocks_per_multiprocessor: how many run at once. corner_bytes: how many a
+// kernel moves for one corner of a sample.
 inline Order make_order(const Problem& problem, const CudaCall& call, int lanes,
                         int blocks_per_multiprocessor, int64_t corner_bytes) {
   constexpr int kCacheLine = 128;
@@ -242,8 +243,8 @@ inline bool is_aligned(const void* p) {
   return reinterpret_cast<uintptr_t>(p) % kMaxVectorBytes == 0;
 }
 
-// Calls f with the Layout whose kernel serves the problem. aligned: all arrays with channels are,
-// to 16 bytes.
+// Calls f with the Layout whose kernel serves the problem. aligned: all arrays with channels are
+// aligned to 16 bytes.
 //
 // Fast kernels for the common sizes: 16, 32 or 64 channels to a head, each lane with 16 bytes of
 // them, and faster ones where the heads have 256 channels together and points are of the type of
@@ -256,7 +257,7 @@ void dispatch_layout(const Problem& problem, bool aligned, const F& f) {
     const bool is_common = problem.num_heads * problem.head_dim == kCommonChannels &&
                            !problem.nearest && is_float32(problem.points) &&
                            is_float32(problem.weights) &&
-                           (!problem.is_fused || is_float32(problem.reference));
+                           (!problem.is_fused || is_float32(problem.reference_points));
     const auto exact = [&](auto head_dim) {
       constexpr int kLanes = decltype(head_dim)::value / kVec;
       if (is_common) return f(Layout<kVec, kLanes, true, true>());

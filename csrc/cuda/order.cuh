@@ -1,5 +1,5 @@
-// Which block works on which queries and heads, and when. The result does not depend on it; how
-// often a pixel is found in L1 does.
+// Which block works on which queries and heads, and when. This decides how often a pixel is found
+// in L1, not the result.
 //
 // Work is cut into tiles: some queries that lie together in the image (8 x 8 pixels of an encoder,
 // else a run of queries) times some heads (as many as fill a cache line of 128 bytes of value).
@@ -33,8 +33,8 @@ struct Order {
   int32_t split;  // sub-warps that share the samples of a query and head
 };
 
-// Where this thread stands in a warp whose sub-warps of kLanes lanes each serve a query and head,
-// or, with a split, some of its samples.
+// The place of this thread in a warp. Sub-warps of kLanes lanes each serve a query and head, or,
+// with a split, some of its samples.
 template <int kLanes>
 struct Lane {
   static constexpr int kSubWarps = kWarpSize / kLanes;
@@ -58,7 +58,8 @@ struct Lane {
 };
 
 // Calls f(head) for each query and head of this thread's sub-warp. All threads of a warp call f
-// together, and not where none of their heads is live; one that is not live lies beyond the map.
+// together, or none does where none of their heads is live. A head that is not live lies beyond the
+// map.
 template <int kLanes, class F>
 MSDA_DEVICE void for_each_head(const Order& order, const Sampling& sampling, const F& f) {
   const uint32_t heads_per_pass = kWarpsPerBlock * Lane<kLanes>::kSubWarps / order.split;

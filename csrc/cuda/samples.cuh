@@ -12,12 +12,12 @@ constexpr int kWarpSize = 32;
 constexpr int kWarpsPerBlock = 4;
 constexpr int kThreadsPerBlock = kWarpSize * kWarpsPerBlock;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kSectorBytes = 32;  // what memory is read in
+constexpr int kSectorBytes = 32;  // the unit in which memory is read
 
 // Channels of all heads together in nearly every published model; kernels for this number know it.
 constexpr int kCommonChannels = 256;
 
-// As many levels as fit the kernel's parameters; more are read from memory.
+// So many levels fit a kernel's parameters; more are read from memory.
 constexpr int kMaxLevels = 16;
 
 struct alignas(16) DeviceLevel {
@@ -28,7 +28,7 @@ struct alignas(16) DeviceLevel {
   double half_over_points;  // 1 / (2P): offsets of boxes are in units of (w, h) / (2P)
 };
 
-// What it takes to prepare a sample.
+// The inputs of all samples, and the levels that they lie on.
 struct Sampling {
   DeviceLevel levels[kMaxLevels];
   const DeviceLevel* levels_in_memory;  // null where levels holds them all
@@ -36,7 +36,7 @@ struct Sampling {
 
   ConstArray points;            // (B, Q, M, K, 2): sampling locations; fused: sampling offsets
   ConstArray weights;           // (B, Q, M, K): attention weights; fused: attention logits
-  ConstArray reference;         // fused only: (B, Q, reference_levels, reference_size)
+  ConstArray reference_points;  // fused only: (B, Q, reference_levels, reference_size)
   const uint8_t* padding_mask;  // (B, S), padding where not 0; if has_padding_mask
   int32_t num_queries;
   int32_t num_heads;
@@ -81,7 +81,7 @@ struct Sample {
   int32_t level, x0, y0;  // the north-west corner again, as a pixel of its level
   Real fx, fy;
   Real weight;          // attention weight, as given or softmaxed
-  Real step_x, step_y;  // pixels per unit of what was given
+  Real step_x, step_y;  // pixels per unit of a given location or offset
 };
 
 struct DeviceMath {
@@ -163,12 +163,12 @@ class Sampler {
     return sample;
   }
 
-  // What the softmax multiplies exponentials by: NaN where a logit makes it so.
+  // The softmax's factor of exponentials: NaN where a logit makes it so.
   MSDA_DEVICE Real weight_scale() const { return scale_; }
 
  private:
-  // From what was given for one axis to a pixel coordinate: step * given + origin + rest, where
-  // rest is what origin lost to rounding.
+  // From a given number of one axis to a pixel coordinate: step * given + origin + rest, where rest
+  // is what origin lost to rounding.
   struct Axis {
     Real step, origin, rest;
   };
@@ -212,10 +212,10 @@ class Sampler {
       const bool is_box = sampling_.reference_size == 4;
       const int64_t point = int64_t(head_.query()) * sampling_.reference_levels +
                             (sampling_.reference_levels == 1 ? 0 : level_);
-      const Pair<Real> centre = pair(sampling_.reference, is_box ? 2 * point : point);
+      const Pair<Real> centre = pair(sampling_.reference_points, is_box ? 2 * point : point);
       Pair<Axis> axes = {around(centre.x, width), around(centre.y, height)};
       if (is_box) {
-        const Pair<Real> extent = pair(sampling_.reference, 2 * point + 1);
+        const Pair<Real> extent = pair(sampling_.reference_points, 2 * point + 1);
         axes.x.step = width * extent.x * Real(level.half_over_points);
         axes.y.step = height * extent.y * Real(level.half_over_points);
       }
@@ -298,7 +298,7 @@ class Sampler {
 
 // ---- a round of samples in shared memory --------------------------------------------------------
 
-// What the lanes that read the pixels of a sample need to know of it.
+// A sample, for the lanes that read its pixels: weights here, place below.
 template <class Real>
 struct alignas(16) CornerWeights {
   Corners<Real> weights;  // attention times corner weight
@@ -317,7 +317,7 @@ MSDA_DEVICE CornerWeights<Real> weights_of(const Sample<Real>& sample) {
 struct alignas(16) Place {
   int32_t key;
   uint32_t width_and_corners;       // width << 4 | corners
-  static constexpr int kBytes = 8;  // that are moved
+  static constexpr int kBytes = 8;  // of them are moved
 
   MSDA_DEVICE uint32_t width() const { return width_and_corners >> kNumCorners; }
   MSDA_DEVICE bool reads(Corner c) const { return width_and_corners >> c & 1; }
@@ -325,9 +325,9 @@ struct alignas(16) Place {
 
 constexpr int32_t kMaxWidth = (1 << (32 - kNumCorners)) - 1;
 
-// Where the sample of a lane lies in the arrays below. Lanes write side by side; what a quarter of
-// a warp (of 16 bytes) or half of it (of 8) reads at once must lie in different banks, of which 8
-// slots take up all: so one stays empty after every 8.
+// The slot of a lane's sample in the arrays below. Lanes write side by side. A quarter of a warp
+// (of 16 bytes) or half of it (of 8) reads at once, from banks that must differ, and 8 slots take
+// up all banks: so one slot stays empty after every 8.
 MSDA_DEVICE constexpr int slot_of_lane(int lane) { return lane + lane / 8; }
 
 constexpr int kSlots = kWarpSize + kWarpSize / 8;

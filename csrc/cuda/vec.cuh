@@ -1,7 +1,7 @@
-// Element types, vectors of up to 16 bytes, and the loads, stores and atomic additions that move
-// them. PTX stands behind __CUDA_ARCH__; its scalar twin lets the kernels run on a CPU in tests.
-// Kernels touch memory through these functions alone: where they run on a CPU, each tells what it
-// is about to do, and what a warp asks of memory is counted.
+// Numbers, vectors of up to 16 bytes, and the loads, stores and atomic additions that move them.
+// PTX stands behind __CUDA_ARCH__; its scalar twin lets the kernels run on a CPU in tests. Kernels
+// touch memory through these functions alone: where they run on a CPU, each announces its access,
+// and the executor counts the accesses of a warp.
 
 #pragma once
 
@@ -24,11 +24,7 @@
 
 namespace msda {
 
-// ---- element types ------------------------------------------------------------------------------
-
-// The type in which values of type T are summed, and in which coordinates are kept.
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// ---- one number ---------------------------------------------------------------------------------
 
 template <class To, class From>
 MSDA_DEVICE To bit_cast(From from) {
@@ -88,12 +84,12 @@ MSDA_DEVICE T narrow(acc_t<T> x) {
   }
 }
 
-// ---- what is counted ----------------------------------------------------------------------------
+// ---- counted accesses ---------------------------------------------------------------------------
 
 enum class Access { kLoad, kStore, kReduction };
 
-// Where the kernels run on a CPU: this thread accesses memory, or, if not, stands by while others
-// of its warp do.
+// Where the kernels run on a CPU: this thread accesses memory, or, if condition is false, waits
+// while others of its warp do.
 MSDA_DEVICE void count([[maybe_unused]] Access access, [[maybe_unused]] const void* p,
                        [[maybe_unused]] int bytes, [[maybe_unused]] bool condition = true) {
 #ifndef __CUDACC__
@@ -228,7 +224,7 @@ MSDA_DEVICE void store(void* p, const V& v) {
 template <class T, int kVec>
 MSDA_DEVICE void multiply_add_if(bool condition, acc_t<T> w, const Packed<T, kVec>& v,
                                  acc_t<T> (&sum)[kVec]) {
-  acc_t<T> x[kVec];  // unpacked in any case: what is left is short enough to go without a branch
+  acc_t<T> x[kVec];  // unpacked in any case: the rest is short enough to need no branch
 #pragma unroll
   for (int i = 0; i < kVec; ++i) x[i] = element(v, i);
   if (!condition) return;
@@ -236,11 +232,19 @@ MSDA_DEVICE void multiply_add_if(bool condition, acc_t<T> w, const Packed<T, kVe
   for (int i = 0; i < kVec; ++i) sum[i] += w * x[i];
 }
 
-// ---- arrays of a type known at run time ---------------------------------------------------------
+// ---- arrays of a dtype known at run time --------------------------------------------------------
 
-// Calls f with a null pointer of the element type. The branches are the same for all threads.
+// dispatch_dtype on a GPU, in line. The branches are the same for all threads. As cases of a switch
+// they would cost a kernel local memory; the empty one makes the compiler find a missing dtype.
 template <class F>
 MSDA_DEVICE auto with_element_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat32:
+    case DType::kBFloat16:
+    case DType::kFloat16:
+    case DType::kFloat64:
+      break;
+  }
   if (dtype == DType::kFloat32) return f(static_cast<float*>(nullptr));
   if (dtype == DType::kBFloat16) return f(static_cast<BFloat16*>(nullptr));
   if (dtype == DType::kFloat16) return f(static_cast<Half*>(nullptr));
@@ -289,7 +293,7 @@ MSDA_DEVICE void store_pair(const Array& array, int64_t i, Pair<Real> pair) {
 
 // ---- atomic additions ---------------------------------------------------------------------------
 
-// How many neighbouring numbers, of kVec, one instruction adds: four floats from compute capability
+// One instruction adds so many neighbouring numbers of kVec: four floats from compute capability
 // 9.0 on, else one. A constant on a GPU.
 template <class Real, int kVec>
 MSDA_DEVICE int reduction_width() {

@@ -19,7 +19,7 @@ static_assert(ORT_API_VERSION >= kApiVersion, "onnxruntime_c_api.h must be of 1.
 constexpr int kMaxInputs = 6;
 constexpr int64_t kMaxRank = 8;
 
-// The types that value may have, and what the other floating-point inputs then have.
+// The types of value, and the type of the other floating-point inputs beside each.
 struct Types {
   ONNXTensorElementDataType value, others;
 };
@@ -30,8 +30,11 @@ constexpr Types kTypes[] = {
     {ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT},
 };
 
-msda_dtype dtype_of(ONNXTensorElementDataType type) {
+// An msda_dtype, or -1 for a type that no input is declared with.
+int32_t dtype_of(ONNXTensorElementDataType type) {
   switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      return MSDA_FLOAT32;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_DOUBLE:
       return MSDA_FLOAT64;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
@@ -43,7 +46,7 @@ msda_dtype dtype_of(ONNXTensorElementDataType type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL:
       return MSDA_BOOL;
     default:
-      return MSDA_FLOAT32;
+      return -1;
   }
 }
 
@@ -124,7 +127,8 @@ OrtStatus* compute(void* op_kernel, OrtKernelContext* context) {
     given[i] = &inputs[i].tensor;
   }
 
-  // value (B, S, M, D), and what is fourth in the fused form and third in the plain one: (B, Q, ..)
+  // value (B, S, M, D), and the fourth input of the fused form, the third of the plain one: (B, Q,
+  // ..)
   Argument output;
   const auto &value = inputs[0], &samples = inputs[kernel.is_fused ? 3 : 2];
   if (value.tensor.rank != 4 || samples.tensor.rank < 2) {

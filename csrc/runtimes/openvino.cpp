@@ -20,8 +20,8 @@ namespace {
 
 constexpr size_t kMaxInputs = 6;
 
-// As its plugins hand them over: the one for CPUs makes bytes of booleans and, where it was told to
-// compute so, 16 bits of floats.
+// As plugins hand tensors over: the one for CPUs makes bytes of booleans and, where a setting says
+// so, 16-bit floats of others.
 msda_dtype dtype_of(const ov::element::Type& type, bool is_mask) {
   if (type == ov::element::f32) return MSDA_FLOAT32;
   if (type == ov::element::f64) return MSDA_FLOAT64;
@@ -57,7 +57,7 @@ void inference_loop(void*, int64_t num_tasks, msda_task task, void* state) {
   ov::parallel_for(num_tasks, [&](int64_t index) { task(state, index); });
 }
 
-// What both forms have.
+// The parts that both forms share.
 class Attention : public ov::op::Op {
  public:
   Attention() = default;

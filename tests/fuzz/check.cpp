@@ -154,7 +154,7 @@ class Check {
     problem.weights = place(memory().weights, c_.weights);
     problem.is_fused = c_.fused;
     problem.has_padding_mask = !c_.padding_mask.empty();
-    if (c_.fused) problem.reference = place(memory().reference, c_.reference);
+    if (c_.fused) problem.reference_points = place(memory().reference, c_.reference);
     problem.padding_mask = static_cast<const uint8_t*>(memory().padding_mask.place(
         int64_t(c_.padding_mask.size()), c_.placement, c_.padding_mask.data()));
     problem.levels = static_cast<const Level*>(
@@ -213,7 +213,7 @@ class Check {
     }
     if (c_.wants_reference) {
       split(spread, problem.batch * problem.num_queries, [&](int64_t first, int64_t last) {
-        kernels.backward_reference(problem, outputs, first, last);
+        kernels.backward_reference_points(problem, outputs, first, last);
       });
     }
     return finish({value, points, weights, reference}, false);

@@ -78,7 +78,7 @@ void leave_a_row_out(const Problem& problem, const ForwardOutputs& outputs, int6
 
 void read_through_null(const Problem& problem, const BackwardOutputs& outputs, int64_t first,
                        int64_t last) {
-  sound.backward_reference(problem, outputs, first, last);
+  sound.backward_reference_points(problem, outputs, first, last);
   volatile const float* const nowhere = nullptr;
   (void)*nowhere;
 }
@@ -122,7 +122,7 @@ CpuKernels with_fault(const CpuKernels& kernels, const std::string& fault) {
   if (found != in_forward.end()) {
     faulty.forward = found->second;
   } else if (fault == "read_through_null") {
-    faulty.backward_reference = read_through_null;
+    faulty.backward_reference_points = read_through_null;
   } else {
     throw std::invalid_argument("--fault must be a known fault, got " + fault);
   }

@@ -244,7 +244,7 @@ def test_where_a_patched_model_samples_is_recorded_and_drawn(family, calls):
     forward(model, inputs)  # not recorded any more
     assert [record.name for record in samples] == layers
     assert [record.name for record in again] == layers
-    assert forms.observers.get() == ()
+    assert forms.core_observers.get() == ()
     for record, arguments in zip(samples, calls["ours"], strict=False):
         _, shapes, _, locations, weights = arguments
         assert record.sampling_locations.equal(locations)
@@ -267,7 +267,7 @@ def test_a_forward_that_fails_is_not_recorded():
     with capture_sampling(layer) as samples:
         with pytest.raises((RuntimeError, ValueError)):
             layer(**wrong)
-        assert forms.observers.get() == ()
+        assert forms.core_observers.get() == ()
         layer(**arguments)
     assert len(samples) == 1
 

@@ -294,6 +294,46 @@ def test_an_operator_that_does_not_run_is_left_alone_beside_a_core(our_calls):
     ]
 
 
+class ReadsBoth(Layer):
+    """Its method reads a global and an attribute of one name."""
+
+    plain = None
+
+    def attend(self, value, shapes, locations, weights):
+        core = self.plain or plain
+        return core(value, shapes, locations, weights.unflatten(3, (L, P)))
+
+
+class HasBoth(ReadsBoth):
+    def __init__(self):
+        super().__init__()
+        self.plain = plain
+
+
+def test_a_core_whose_name_means_something_else_too_is_refused():
+    model = model_of(ReadsBoth)
+    message = "plain of 0 must have a name that its methods use for nothing else, got one that is"
+    with pytest.raises(ValueError, match=message):
+        use_msda(model)
+    assert [(entry.core, entry.status) for entry in report(model)] == [("plain", "refused")] * 2
+
+
+def test_a_core_whose_name_means_something_else_too_is_left_alone_beside_a_core(our_calls):
+    model = model_of(HasBoth)
+    expected = run(model)
+    use_msda(model)
+    our_calls.clear()
+    for ours, theirs in zip(run(model), expected, strict=True):
+        assert_close(ours, theirs, 1e-12)
+    assert len(our_calls) == 2
+    assert [(entry.core, entry.status) for entry in report(model)] == [
+        ("plain", "in place"),
+        ("plain", "in place"),
+        ("plain", "left alone"),
+        ("plain", "left alone"),
+    ]
+
+
 def test_an_operator_alone_is_replaced_where_it_runs_and_refused_where_not(monkeypatch, our_calls):
     model = model_of(OnlyOperator)
     with pytest.raises(ValueError, match=r"^Operator of 0 must compute .* got AttributeError"):

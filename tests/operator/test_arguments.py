@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import msda
-from msda import checks, ops
+import msda.numpy
+from msda import checks, dtypes, ops
+from msda.testing import TOLERANCES
 from tests.operator.operator_calls import OPERATORS, call_operator, good_arguments, refusal
 
 pytestmark = [
@@ -23,6 +25,11 @@ pytestmark = [
 
 def test_both_tables_are_the_same():
     assert ops.library_text("msda_arguments") == checks.describe_arguments()
+
+
+def test_no_list_lacks_a_dtype():
+    assert set(TOLERANCES) == set(checks.FLOATS)
+    assert set(dtypes.FLOATS) <= set(msda.numpy.DTYPES)
 
 
 # ---- calls ---------------------------------------------------------------------------------------

@@ -394,3 +394,24 @@ def test_cuda_architectures_are_read_as_torch_reads_them(tmp_path):
     status, text = configure(tmp_path / "b", TORCH_CUDA_ARCH_LIST="Hopper")
     assert status != 0
     assert "TORCH_CUDA_ARCH_LIST must hold entries such as 9.0 or 9.0+PTX, got 'Hopper'." in text
+
+
+@pytest.mark.parametrize(
+    ("header", "name"), [("dtypes.h", "kBFloat16"), ("arguments.h", "kOther"), ("arguments.h", "")]
+)
+def test_a_dtype_that_a_switch_lacks_does_not_compile(
+    configured_without_cuda, tmp_path, header, name
+):
+    commands = json.loads((configured_without_cuda[0] / "compile_commands.json").read_text())
+    command = next(one["command"] for one in commands if one["file"].endswith("csrc/ops.cpp"))
+    warnings = [word for word in command.split() if word.startswith("-W")]
+    for path in (ROOT / "csrc").glob("*.h"):
+        shutil.copy(path, tmp_path)
+    text = (tmp_path / header).read_text()
+    if name:
+        assert f"{name} }};" in text
+        (tmp_path / header).write_text(text.replace(f"{name} }};", f"{name}, kFifth }};"))
+    compile_it = [command.split()[0], "-std=c++17", "-fsyntax-only", "-x", "c++", *warnings]
+    run = subprocess.run([*compile_it, str(tmp_path / header)], capture_output=True, text=True)
+    assert (run.returncode == 0) == (name == "")
+    assert not name or "kFifth" in run.stderr

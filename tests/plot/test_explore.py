@@ -11,7 +11,7 @@ from torch import nn
 
 import msda
 from msda import drop_in, functional
-from msda.page import _png
+from msda.explore import _png
 from msda.plot import capture_sampling, explore
 from tests.plot.pages import LOCATION, WEIGHT, Encoder, assert_near, decode, read
 from tests.plot.small_attention import (
@@ -310,7 +310,7 @@ def test_a_full_disk_leaves_the_page_of_before(page, image, monkeypatch):
         real_open(path, mode).close()
         return real_open("/dev/full", mode)
 
-    monkeypatch.setattr("msda.page.open", full, raising=False)
+    monkeypatch.setattr("msda.explore.open", full, raising=False)
     with pytest.raises(OSError, match="No space"):
         explore(make_attention(), image, page, inputs=make_arguments())
     assert page.read_text() == "before" and list(page.parent.iterdir()) == [page]

@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parent
 class MultiScaleDeformableAttention(nn.Module):
     """The core of multi-scale deformable attention, as transformers names and calls it.
 
-    It has no parameters and no state: ``kernelize`` puts its ``forward`` in the place of that of
+    It has no parameters and no state: ``kernelize`` puts its ``forward`` in place of that of
     the layers which the library calls "MultiScaleDeformableAttention".
 
     Example:

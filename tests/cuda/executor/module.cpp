@@ -227,7 +227,7 @@ class Call {
     problem.value = input("value");
     problem.points = input("points");
     problem.weights = input("weights");
-    problem.reference = input("reference");
+    problem.reference_points = input("reference");
     problem.padding_mask = static_cast<const uint8_t*>(input("padding_mask").data);
     problem.is_fused = arrays.count("reference") > 0;
     problem.has_padding_mask = arrays.count("padding_mask") > 0;
@@ -395,8 +395,9 @@ NamedArrays backward(Device& device, const NamedArrays& arrays,
         call.output("grad_weights", call.shape_of("weights"), problem.weights.dtype), true};
   }
   if (wants_reference) {
-    outputs.grad_reference = {
-        call.output("grad_reference", call.shape_of("reference"), problem.reference.dtype), true};
+    outputs.grad_reference_points = {
+        call.output("grad_reference", call.shape_of("reference"), problem.reference_points.dtype),
+        true};
   }
   msda::backward_cuda(problem, inputs, outputs, call.cuda_call);
   return call.results();

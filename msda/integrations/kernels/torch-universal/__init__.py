@@ -1,4 +1,4 @@
-"""What `kernels` loads from this repository; `msda` itself must be installed."""
+"""The entry that `kernels` loads from this repository; `msda` itself must be installed."""
 
 from msda.integrations import kernels as layers
 

@@ -1,4 +1,4 @@
-// Finds where the samples of each cell begin in their order. See gather.cuh.
+// Finds where the samples of each cell begin in their order. See deterministic_backward.cuh.
 
 #include "launch.cuh"
 

@@ -25,10 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msda import functional
-from msda.reference import locations_and_weights
+from msda.reference import locations_and_weights, sum_dtype
 
 # A location is a code from 0 to 65534, which stand for -1 to 2 across the padded map; 65535 is
-# for what is farther outside or not finite. A weight is one from 0 to 65535, for 0 to 1.
+# for locations farther outside or not finite. A weight is one from 0 to 65535, for 0 to 1.
 _LOW, _HIGH, _STEPS, _NOWHERE = -1.0, 2.0, 65534, 65535
 _MOST_PIXELS = 1280  # of the picture's longer side
 _MOST_BOXES, _LEAST_SCORE = 30, 0.5  # of boxes found in the model's output
@@ -61,14 +61,14 @@ def explore(
     Locations are rounded to 3 / 65534 of the padded map (0.06 pixels of 1280), weights to
     1 / 65535. Samples beyond one map's width or height around the map are left out of the drawing.
     Where the queries of all layers exceed ``max_megabytes``, layers share the room, and one that
-    needs more keeps every n-th of its queries, or every n-th row and column of each level where its
+    needs more has every n-th of its queries, or every n-th row and column of each level where its
     queries are the pixels of its maps, with the smallest n that fits; the page says so. Queries of
-    boxes are always kept.
+    boxes are always there.
 
     Args:
         model: any module that calls the operator. Which of its modules are in training mode is
             restored after the forward, also if that fails.
-        image: what is drawn: a PIL image, the path of one, or a tensor (H, W), (1, H, W) or
+        image: the picture to draw: a PIL image, the path of one, or a tensor (H, W), (1, H, W) or
             (3, H, W), uint8 or floating point from 0 to 1.
         path: of the page. A file of that name is replaced once the page is complete.
         inputs: how the model is run. None: ``model(x)``, x being the image as it is given if that
@@ -234,7 +234,7 @@ class _Call:
 
 @contextlib.contextmanager
 def _recorded(model: nn.Module, batch_index: int) -> Iterator[list[_Call]]:
-    """The list that is filled, at the end of the block, with what it called."""
+    """The list of calls in the block, filled at its end."""
     stack: list[tuple[str, nn.Module, Any, Any]] = []  # modules whose forward is in progress
     taken: list[tuple[str, dict[str, Any]]] = []
     thread = threading.get_ident()  # others may run other models
@@ -256,22 +256,24 @@ def _recorded(model: nn.Module, batch_index: int) -> Iterator[list[_Call]]:
         batch = arguments["value"].shape[0]
         if not 0 <= batch_index < batch:
             raise IndexError(f"batch_index must be from 0 to {batch - 1}, got {batch_index}")
-        kept: dict[str, Any] = {
+        recorded: dict[str, Any] = {
             name: item[batch_index : batch_index + 1].detach().cpu().clone()
             for name, item in arguments.items()
             if isinstance(item, Tensor) and name not in ("value", "spatial_shapes")
         }
         shapes = arguments["spatial_shapes"]
         shapes = shapes.tolist() if isinstance(shapes, Tensor) else shapes
-        kept["shapes"] = [(int(height), int(width)) for height, width in shapes]
-        kept["num_points"] = arguments["num_points"]
-        kept["acc_dtype"] = torch.promote_types(arguments["value"].dtype, torch.float32)
-        if "reference_points" not in kept:
-            points = _reference_points(stack, arguments["sampling_locations"], len(kept["shapes"]))
+        recorded["shapes"] = [(int(height), int(width)) for height, width in shapes]
+        recorded["num_points"] = arguments["num_points"]
+        recorded["acc_dtype"] = sum_dtype(arguments["value"].dtype)
+        if "reference_points" not in recorded:
+            points = _reference_points(
+                stack, arguments["sampling_locations"], len(recorded["shapes"])
+            )
             if points is not None:
                 points = points[batch_index : batch_index + 1].detach().cpu().clone()
-            kept["reference_points"] = points
-        taken.append((stack[-1][0] if stack else "", kept))
+            recorded["reference_points"] = points
+        taken.append((stack[-1][0] if stack else "", recorded))
 
     calls: list[_Call] = []
     with contextlib.ExitStack() as context:
@@ -288,11 +290,11 @@ def _recorded(model: nn.Module, batch_index: int) -> Iterator[list[_Call]]:
         finally:
             functional.observers.remove(observe)
     seen: Counter[str] = Counter()
-    for name, kept in taken:
+    for name, recorded in taken:
         name = name or "attention"
         seen[name] += 1
         again = f" (call {seen[name]})" if seen[name] > 1 else ""
-        calls.append(_call_of(name + again, **kept))
+        calls.append(_call_of(name + again, **recorded))
 
 
 def _reference_points(stack: Sequence[Any], locations: Tensor, num_levels: int) -> Tensor | None:
@@ -423,11 +425,11 @@ def _page(
     title: str,
     max_megabytes: float,
 ) -> bytes:
-    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    template = Path(__file__).with_name("explore.html").read_text(encoding="utf-8")
     source = _as_url(picture)
     last = calls[-1]
     if query is None:
-        query = _most_telling(last, valid_ratio)
+        query = _farthest_reaching(last, valid_ratio)
     marked = {query, *(box["query"] for box in boxes)}
 
     costs = [_bytes_per_query(call) for call in calls]
@@ -437,14 +439,14 @@ def _page(
     layers = []
     for call, cost, share in zip(calls, costs, _shares(wanted, room), strict=True):
         has_boxes = len(call.weights) == len(last.weights)
-        kept, rule = _thin(call, share // cost, marked if has_boxes else set())
-        if len(kept) * cost > share:
+        chosen, rule = _thin(call, share // cost, marked if has_boxes else set())
+        if len(chosen) * cost > share:
             needed = (int(max_megabytes * 1e6) - room + sum(costs) * (1 + len(marked))) / 1e6
             raise ValueError(
                 "max_megabytes must leave room for the image and the queries of boxes, about "
                 f"{needed:.1f}, got {max_megabytes:g}"
             )
-        layers.append(_encode(call, kept, rule, has_boxes))
+        layers.append(_encode(call, chosen, rule, has_boxes))
     data = {
         "validRatio": list(valid_ratio),
         "size": [picture.shape[2], picture.shape[1]],
@@ -461,7 +463,7 @@ def _page(
     return re.sub(r"\{\{(\w+)\}\}", lambda place: content[place[1]], template).encode()
 
 
-def _most_telling(call: _Call, valid_ratio: tuple[float, float]) -> int:
+def _farthest_reaching(call: _Call, valid_ratio: tuple[float, float]) -> int:
     """The query whose samples reach the farthest, those outside the image counting against it."""
     locations = call.locations.nan_to_num() / torch.tensor(valid_ratio)
     locations, weights = locations.flatten(1, 2), call.weights.nan_to_num().flatten(1)
@@ -473,7 +475,7 @@ def _most_telling(call: _Call, valid_ratio: tuple[float, float]) -> int:
 
 
 def _bytes_per_query(call: _Call) -> int:
-    """Of the page, in base64."""
+    """Bytes that a query takes in the page, in base64."""
     numbers = 3 * call.weights[0].numel() + 2  # and its index
     if call.references is not None:
         numbers += call.references[0].numel()
@@ -497,17 +499,17 @@ def _thin(call: _Call, most: int, marked: set[int]) -> tuple[Tensor, str]:
     wanted = torch.tensor(sorted(marked), dtype=torch.int64)
     longest = max(max(shape) for shape in call.shapes) if is_grid else total
     for step in range(2, longest + 1):
-        kept = _grid(call.shapes, step) if is_grid else torch.arange(0, total, step)
-        kept = torch.cat([kept, wanted]).unique()
-        if len(kept) <= most:
+        chosen = _grid(call.shapes, step) if is_grid else torch.arange(0, total, step)
+        chosen = torch.cat([chosen, wanted]).unique()
+        if len(chosen) <= most:
             break
     else:
-        kept, step = torch.cat([torch.tensor([0]), wanted]).unique(), total
+        chosen, step = torch.cat([torch.tensor([0]), wanted]).unique(), total
     ordinal = {2: "2nd", 3: "3rd"}.get(step, f"{step}th")
     rule = f"every {ordinal} " + ("row and column of each level" if is_grid else "query")
     if marked:
         rule += ", and those of the boxes" if len(marked) > 1 else ", and the first shown"
-    return kept, f"To keep the page small, {len(kept)} of {total} queries are here: {rule}."
+    return chosen, f"To keep the page small, {len(chosen)} of {total} queries are here: {rule}."
 
 
 def _grid(shapes: Sequence[tuple[int, int]], step: int) -> Tensor:
@@ -522,26 +524,26 @@ def _grid(shapes: Sequence[tuple[int, int]], step: int) -> Tensor:
     return torch.cat(indices)
 
 
-def _encode(call: _Call, kept: Tensor, rule: str, has_boxes: bool) -> dict[str, Any]:
+def _encode(call: _Call, chosen: Tensor, rule: str, has_boxes: bool) -> dict[str, Any]:
     total, heads = call.weights.shape[:2]
     references = call.references
-    weights = (call.weights[kept].nan_to_num(0, 1, 0).clamp(0, 1) * 65535).round()
+    weights = (call.weights[chosen].nan_to_num(0, 1, 0).clamp(0, 1) * 65535).round()
     return {
         "name": call.name,
         "rule": rule,
         "total": total,
-        "count": len(kept),
-        "kept": _base64(kept, torch.int32) if len(kept) < total else None,
+        "count": len(chosen),
+        "chosen": _base64(chosen, torch.int32) if len(chosen) < total else None,
         "heads": heads,
         "shapes": call.shapes,
         "points": call.num_points,
         "isGrid": call.is_grid,
         "hasBoxes": has_boxes,
-        "locations": _base64(_codes(call.locations[kept]), torch.uint16),
+        "locations": _base64(_codes(call.locations[chosen]), torch.uint16),
         "weights": _base64(weights, torch.uint16),
         "references": None
         if references is None
-        else _base64(_codes(references[kept]), torch.uint16),
+        else _base64(_codes(references[chosen]), torch.uint16),
         "referenceShape": None if references is None else list(references.shape[1:]),
     }
 

@@ -1,7 +1,7 @@
 // Launches the kernels that sum the gradient of value without atomic additions. Compiled once for
 // each type of value, MSDA_VALUE_TYPE.
 
-#include "gather.cuh"
+#include "deterministic_backward.cuh"
 #include "launch.cuh"
 
 namespace msda {
@@ -55,7 +55,7 @@ void gather_cuda(const Problem& problem, const BackwardInputs& inputs, const Arr
   const int64_t blocks = problem.batch * problem.num_heads * int64_t(params.blocks_per_head);
   check_fits(blocks < int64_t(1) << 31, "value", "hold fewer than 2^31 blocks of 16 keys of a head",
              blocks);
-  // What a lane writes is a vector, which for 16-bit values is wider than what it reads.
+  // A lane writes a vector; for 16-bit values it reads half of one.
   constexpr int kVec = kMaxVectorBytes / sizeof(acc_t<T>);
   const bool by_vector = problem.head_dim % kVec == 0 && is_aligned(params.grad_output) &&
                          is_aligned(params.grad_value);

@@ -1,28 +1,10 @@
-// Chooses the kernels for the type of value.
+// Chooses the kernels for the dtype of value.
 
 #include <type_traits>
 
 #include "kernels.h"
 
 namespace msda {
-namespace {
-
-// Calls f with a null pointer of the element type.
-template <class F>
-auto dispatch_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return f(static_cast<double*>(nullptr));
-    case DType::kFloat16:
-      return f(static_cast<Half*>(nullptr));
-    case DType::kBFloat16:
-      return f(static_cast<BFloat16*>(nullptr));
-    default:
-      return f(static_cast<float*>(nullptr));
-  }
-}
-
-}  // namespace
 
 void forward_cuda(const Problem& problem, const ForwardOutputs& outputs, const CudaCall& call) {
   dispatch_dtype(problem.value.dtype, [&](auto* type) {

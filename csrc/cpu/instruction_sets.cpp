@@ -1,9 +1,10 @@
-// Chooses the instruction set at run time.
+// Chooses the instruction set whose kernels run: by the machine, or by MSDA_CPU_CAPABILITY.
 
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "kernels.h"
 
@@ -16,14 +17,14 @@
 
 namespace msda {
 
-#define MSDA_DECLARE(name)                                                                    \
-  namespace name {                                                                            \
-  void forward(const Problem&, const ForwardOutputs&, int64_t, int64_t);                      \
-  void backward(const Problem&, const BackwardInputs&, const BackwardOutputs&, bool, int64_t, \
-                int64_t);                                                                     \
-  void backward_softmax(const Problem&, const ConstArray&, const BackwardOutputs&, int64_t,   \
-                        int64_t);                                                             \
-  void backward_reference(const Problem&, const BackwardOutputs&, int64_t, int64_t);          \
+// The functions of one set, of the types that CpuKernels says.
+#define MSDA_DECLARE(name)                                                        \
+  namespace name {                                                                \
+  std::remove_pointer_t<decltype(CpuKernels::forward)> forward;                   \
+  std::remove_pointer_t<decltype(CpuKernels::backward)> backward;                 \
+  std::remove_pointer_t<decltype(CpuKernels::backward_softmax)> backward_softmax; \
+  std::remove_pointer_t<decltype(CpuKernels::backward_reference_points)>          \
+      backward_reference_points;                                                  \
   }
 MSDA_CPU_CAPABILITIES(MSDA_DECLARE)
 #undef MSDA_DECLARE
@@ -31,7 +32,7 @@ MSDA_CPU_CAPABILITIES(MSDA_DECLARE)
 namespace {
 
 #define MSDA_ENTRY(name) \
-  {#name, name::forward, name::backward, name::backward_softmax, name::backward_reference},
+  {#name, name::forward, name::backward, name::backward_softmax, name::backward_reference_points},
 constexpr CpuKernels kCompiled[] = {MSDA_CPU_CAPABILITIES(MSDA_ENTRY)};
 #undef MSDA_ENTRY
 

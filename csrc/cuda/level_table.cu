@@ -1,4 +1,5 @@
-// Fills the table of levels in memory.
+// Fills the table of levels in memory, and checks the sizes that the host does not know. The host's
+// own checks: ../call.h, and msda/checks.py for Python.
 
 #include <cassert>
 #include <stdexcept>
@@ -8,8 +9,8 @@
 namespace msda {
 namespace {
 
-// Ends the kernel, and with it the process's use of the GPU, as torch's own index checks do: the
-// host learns of it with the next call that waits.
+// Ends the kernel, and with it the process's use of the GPU, as torch's own index checks do. The
+// next call that waits for the GPU reports it.
 MSDA_DEVICE void refuse(const char* message) {
 #ifdef __CUDA_ARCH__
   __assert_fail(message, "msda", 0, "level_table_kernel");

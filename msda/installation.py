@@ -1,4 +1,4 @@
-"""What was built, what is live, and why."""
+"""msda.info(): the versions of this installation, its kernels, and why it runs on them."""
 
 from __future__ import annotations
 
