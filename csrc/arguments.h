@@ -3,7 +3,8 @@
 // in c_api.cpp for those of msda.h. The checks of a call as a whole: call.h.
 //
 // msda/checks.py holds the same table and the same checks, for tensors without data and for the
-// reference. tests/operator/test_arguments.py compares the tables and walks every rule through both.
+// reference. tests/operator/test_arguments.py compares the tables and walks every rule through
+// both.
 
 #pragma once
 

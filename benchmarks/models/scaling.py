@@ -37,7 +37,7 @@ from benchmarks.common import harness, timing
 from benchmarks.common.accuracy import errors_of, require
 from benchmarks.common.machine import require_kernels
 from detector.config import ModelConfig
-from detector.dense import DenseTransformer
+from detector.dense_attention import DenseTransformer
 from detector.transformer import DeformableTransformer, Encoder, Tokens, flatten_levels
 from msda.reference import ms_deform_attn_fused_reference
 from msda.testing import TOLERANCES, available_memory

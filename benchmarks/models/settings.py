@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.common import harness
 from benchmarks.common.machine import require_kernels
 from benchmarks.models import detector as model_benchmark
-from detector import saving
+from detector import run_checkpoints
 from detector.config import PRESETS
 
 PRESET = "digits"  # the demo's
@@ -76,7 +76,7 @@ def speed_of_training(amp: str, seconds: float, variables: Variables, threads: i
         settings = ["--preset", PRESET, "--amp", amp, "--device", "cpu", "--output", folder]
         settings += ["--max-minutes", seconds / 60]
         run([harness.DETECTOR / "train.py", *settings], variables, threads)
-        state = saving.load(Path(folder) / saving.LAST)
+        state = run_checkpoints.load(Path(folder) / run_checkpoints.LAST)
     images = state["step"] * PRESETS[PRESET].train.batch_size
     return speed(
         images, state["seconds"]["training_seconds"], state["seconds"]["processor_seconds"]
@@ -182,7 +182,7 @@ def demo_rows(options: argparse.Namespace) -> list[dict]:
             settings = ["--preset", PRESET, "--amp", amp, "--device", "cpu", "--output", folder]
             settings += ["--epochs", options.epochs, "--eval-every", options.epochs]
             run([harness.DETECTOR / "train.py", *settings], {}, options.threads)
-            best, results = Path(folder) / saving.BEST, Path(folder) / "results.json"
+            best, results = Path(folder) / run_checkpoints.BEST, Path(folder) / "results.json"
             for used in AMPS:
                 command = [harness.DETECTOR / "evaluate.py", best, "--amp", used, "--json", results]
                 run([*command, "--device", "cpu", "--num-workers", 0], {}, options.threads)

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from detector.checkpoints import (
+from detector.checkpoint_formats import (
     load_into,
     read_checkpoint,
     save_original,
@@ -19,7 +19,7 @@ from detector.checkpoints import (
     save_transformers,
 )
 from detector.model import build_model
-from detector.saving import CheckpointError
+from detector.run_checkpoints import CheckpointError
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 import evaluate
 import train
 
-from detector.checkpoints import load_model
+from detector.checkpoint_formats import load_model
 from detector.data import build_dataset
 from detector.drawing import picture_sheet
 

@@ -27,8 +27,8 @@ import detector.threads  # noqa: F401, before torch, which reads what it sets
 
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detector import processes
-from detector.checkpoints import load_model
+from detector import distributed
+from detector.checkpoint_formats import load_model
 from detector.config import DataConfig, add_data_options
 from detector.data import CocoDetection, build_dataset
 from detector.data.loading import make_loader
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate as the command line says; return the exit status."""
     options = parse_arguments(arguments)
     logging.basicConfig(format="%(message)s")
-    with processes.joined(options.device) as device, logging_redirect_tqdm():
+    with distributed.joined(options.device) as device, logging_redirect_tqdm():
         try:
             for name in ("json", "results"):
                 file = getattr(options, name)
@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             dataset,
             options.batch_size,
             num_workers=options.num_workers,
-            rank=processes.rank(),
-            world_size=processes.count(),
+            rank=distributed.rank(),
+            world_size=distributed.count(),
             pin_memory=device.type == "cuda",
         )
         warn_if_slow(device, options.amp)
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results = evaluate(
                 model.to(device), loader, dataset, device, options.areas, 100, options.results
             )
-        if processes.rank() == 0:
+        if distributed.rank() == 0:
             print(table(results))
             for line in dataset.image_findings(unreadable=False).lines():
                 print(line)

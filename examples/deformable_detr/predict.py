@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from detector.boxes import to_centres
-from detector.checkpoints import Checkpoint, load_model
+from detector.checkpoint_formats import Checkpoint, load_model
 from detector.config import add_data_options
 from detector.data.annotations import Findings, key_of, read_annotations
 from detector.data.images import ImageRules, UnreadableImage, is_image_name, read_image

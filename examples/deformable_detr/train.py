@@ -27,8 +27,8 @@ import detector.threads  # noqa: F401, before torch, which reads what it sets
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from detector import fine_tuning, locks, processes, saving
-from detector.checkpoints import load_into, read_checkpoint
+from detector import distributed, fine_tuning, locks, run_checkpoints
+from detector.checkpoint_formats import load_into, read_checkpoint
 from detector.config import PRESETS, CommandLine, Config, parse_command_line
 from detector.data import DataError, build_datasets
 from detector.data.check import check_data
@@ -46,15 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command.run.check_data:
         return _check_data(command)
     with (
-        processes.joined(command.run.device) as device,
+        distributed.joined(command.run.device) as device,
         logging_redirect_tqdm(),
         ExitStack() as until_the_end,
     ):
         try:
             trainer = prepare(command, device, until_the_end)
-        except (ValueError, OSError, ImportError, saving.CheckpointError) as error:
+        except (ValueError, OSError, ImportError, run_checkpoints.CheckpointError) as error:
             return _fail(error)
-        last, epochs = trainer.folder / saving.LAST, trainer.config.train.epochs
+        last, epochs = trainer.folder / run_checkpoints.LAST, trainer.config.train.epochs
         if trainer.epoch >= epochs:
             _say(
                 f"{command.run.resume} is of a run that is finished, {trainer.epoch} epochs. "
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _say("There is no split val: nothing is validated, and no epoch is the best.")
         try:
             reason = trainer.fit()
-        except (saving.CheckpointError, NonFiniteLoss, DataError) as error:
+        except (run_checkpoints.CheckpointError, NonFiniteLoss, DataError) as error:
             return _fail(error)
         except KeyboardInterrupt:
             _say(f"\nStopped at once. The last state saved, if any, is {last}.")
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if best:
                 _say(
                     f"Best: AP {best['AP']:.3f} after epoch {best['epoch']}; "
-                    f"weights in {trainer.folder / saving.BEST}"
+                    f"weights in {trainer.folder / run_checkpoints.BEST}"
                 )
             return 0
         _say(f"Stopped ({reason}) and saved. To go on: python {sys.argv[0]} --resume {last}")
@@ -96,20 +96,20 @@ def prepare(command: CommandLine, device: torch.device, until_the_end: ExitStack
     """
     run = command.run
     if run.resume and not Path(run.resume).is_file():
-        saving.load(Path(run.resume))  # says what it is instead
+        run_checkpoints.load(Path(run.resume))  # says what it is instead
     folder = Path(
         run.output or (Path(run.resume).parent if run.resume else f"out/{command.preset}")
     )
     until_the_end.enter_context(locks.folder_locked(folder))
     # Only now: another run may have written it to its end.
-    checkpoint = saving.load(Path(run.resume)) if run.resume else None
+    checkpoint = run_checkpoints.load(Path(run.resume)) if run.resume else None
     config = Config.from_dict(checkpoint["config"]) if checkpoint else PRESETS[command.preset]
     weights = read_checkpoint(run.weights, "--weights") if run.weights else None
     if weights:
         config = dataclasses.replace(config, model=weights.config.model)
     config = config.replace(**command.changes)
     if not checkpoint:
-        for name in (saving.LAST, saving.PREVIOUS):
+        for name in (run_checkpoints.LAST, run_checkpoints.PREVIOUS):
             if (folder / name).exists():
                 raise ValueError(
                     f"output must not hold another run, got {folder}: go on with that one by "
@@ -128,8 +128,8 @@ def prepare(command: CommandLine, device: torch.device, until_the_end: ExitStack
     shared = dict(
         batch_size=config.train.batch_size,
         num_workers=config.data.num_workers,
-        rank=processes.rank(),
-        world_size=processes.count(),
+        rank=distributed.rank(),
+        world_size=distributed.count(),
         pin_memory=device.type == "cuda",
     )
     loader = make_loader(train_set, seed=config.train.seed, **shared)
@@ -169,16 +169,16 @@ def prepare(command: CommandLine, device: torch.device, until_the_end: ExitStack
 def _check_data(command: CommandLine) -> int:
     """Show the data that a run would take; return the exit status."""
     try:
-        resumed = saving.load(Path(command.run.resume)) if command.run.resume else None
+        resumed = run_checkpoints.load(Path(command.run.resume)) if command.run.resume else None
         config = Config.from_dict(resumed["config"]) if resumed else PRESETS[command.preset]
         config = config.replace(**command.changes)
-    except (ValueError, saving.CheckpointError) as error:
+    except (ValueError, run_checkpoints.CheckpointError) as error:
         return _fail(error)
     return check_data(config.data, Path(command.run.output or f"out/{command.preset}"))
 
 
 def _say(text: str) -> None:
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         print(text, file=sys.stderr)
 
 

@@ -13,7 +13,7 @@ from benchmarks.common import harness
 from benchmarks.models import detector as model_benchmark
 from benchmarks.models import settings
 from benchmarks.report import command as report
-from detector import saving
+from detector import run_checkpoints
 from detector.config import PRESETS, Config
 
 SMALL = PRESETS["shapes-easy"].replace(hidden_dim=32, num_heads=2, num_queries=10, num_classes=5)
@@ -77,8 +77,8 @@ def folder(monkeypatch, tmp_path):
             seconds = 4.0 if variables.get("GOMP_SPINCOUNT") == "1000" else 8.0
             spent = {"training_seconds": seconds, "processor_seconds": 2 * seconds}
             state = {"optimizer": {}, "step": 10, "seconds": spent, "w": torch.ones(1)}
-            saving.save(state, output / saving.LAST)
-            saving.save({"w": torch.ones(1)}, output / saving.BEST)
+            run_checkpoints.save(state, output / run_checkpoints.LAST)
+            run_checkpoints.save({"w": torch.ones(1)}, output / run_checkpoints.BEST)
         else:
             results = Path(command[command.index("--json") + 1])
             results.write_text(json.dumps({"AP": 0.5 if "bf16" in command else 0.25}))

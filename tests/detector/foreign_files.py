@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from detector.checkpoints import read_checkpoint
+from detector.checkpoint_formats import read_checkpoint
 from detector.model import DeformableDETR
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from detector.backbone import FrozenBatchNorm2d
-from detector.checkpoints import Checkpoint, read_checkpoint
+from detector.checkpoint_formats import Checkpoint, read_checkpoint
 from detector.config import Config, ModelConfig
 from msda import MSDeformAttn
 from msda.reference import ms_deform_attn_fused_reference

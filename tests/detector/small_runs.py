@@ -6,7 +6,7 @@ import signal
 
 import torch
 
-from detector import processes
+from detector import distributed
 from detector.config import PRESETS, RunConfig
 from detector.data import build_datasets
 from detector.data.loading import make_loader
@@ -48,8 +48,8 @@ def make_trainer(
         config.train.batch_size,
         num_workers=config.data.num_workers,
         seed=config.train.seed,
-        rank=processes.rank(),
-        world_size=processes.count(),
+        rank=distributed.rank(),
+        world_size=distributed.count(),
     )
     torch.manual_seed(config.train.seed)
     model = build_model(config.model)

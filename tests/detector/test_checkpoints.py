@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from detector.backbone import RESNET_BLOCKS
-from detector.checkpoints import (
+from detector.checkpoint_formats import (
     config_from_state,
     load_into,
     read_checkpoint,

@@ -17,9 +17,9 @@ import pytest
 import torch
 import train
 
-from detector import files, saving, seals
-from detector.checkpoints import read_checkpoint
-from detector.saving import BEST, LAST, PREVIOUS
+from detector import checksums, run_checkpoints, weight_files
+from detector.checkpoint_formats import read_checkpoint
+from detector.run_checkpoints import BEST, LAST, PREVIOUS
 from tests.detector.small_runs import SMALL_RUN
 
 
@@ -34,15 +34,15 @@ def path(tmp_path):
     """A checkpoint of some 20 KB with one before it."""
     path = tmp_path / "run" / LAST
     for step in (1, 2):
-        saving.save(checkpoint(step), path, path.with_name(PREVIOUS))
+        run_checkpoints.save(checkpoint(step), path, path.with_name(PREVIOUS))
     return path
 
 
 def assert_refused(path, content):
     path.write_bytes(content)
-    assert not files.is_whole(path)
-    with pytest.raises(saving.CheckpointError) as error:
-        saving.load(path)
+    assert not weight_files.is_whole(path)
+    with pytest.raises(run_checkpoints.CheckpointError) as error:
+        run_checkpoints.load(path)
     text = str(error.value)
     assert text.startswith(f"{path} could not be read: ")
     assert text.endswith(f"{PREVIOUS} (step 1) is whole: give that instead, --resume "
@@ -96,9 +96,11 @@ def test_a_missing_block_is_noticed(path):
 def test_a_checkpoint_whose_checksum_was_removed_is_noticed(path):
     with zipfile.ZipFile(path, "a") as archive:
         archive.comment = b""
-    assert seals.holds(open(path, "rb")) is None  # noqa: SIM115
-    with pytest.raises(saving.CheckpointError, match=r"checksum at its end is missing; .*prev"):
-        saving.load(path)
+    assert checksums.holds(open(path, "rb")) is None  # noqa: SIM115
+    with pytest.raises(
+        run_checkpoints.CheckpointError, match=r"checksum at its end is missing; .*prev"
+    ):
+        run_checkpoints.load(path)
 
 
 def test_a_disk_that_cannot_be_read_any_more_is_noticed(path, monkeypatch):
@@ -123,9 +125,11 @@ def test_a_disk_that_cannot_be_read_any_more_is_noticed(path, monkeypatch):
     def open_bad(name, mode):
         return Bad(open(name, mode)) if name == path else open(name, mode)
 
-    monkeypatch.setattr(files, "open", open_bad, raising=False)
-    with pytest.raises(saving.CheckpointError, match=r"Input/output error; .*prev.*\(step 1"):
-        saving.load(path)
+    monkeypatch.setattr(weight_files, "open", open_bad, raising=False)
+    with pytest.raises(
+        run_checkpoints.CheckpointError, match=r"Input/output error; .*prev.*\(step 1"
+    ):
+        run_checkpoints.load(path)
 
 
 def test_every_program_refuses_a_damaged_file(path):
@@ -143,8 +147,8 @@ def test_every_program_refuses_a_damaged_file(path):
 def test_a_copied_file_keeps_its_checksum_and_any_program_reads_it(path, tmp_path):
     copy = shutil.copy(path, tmp_path / "copy.pth")
     with open(copy, "rb") as file:
-        assert seals.holds(file)
-    assert saving.load(copy)["step"] == 2
+        assert checksums.holds(file)
+    assert run_checkpoints.load(copy)["step"] == 2
     plain = torch.load(copy, weights_only=True)
     assert torch.equal(plain["model"]["weight"], checkpoint(2)["model"]["weight"])
     with zipfile.ZipFile(copy) as archive:
@@ -157,7 +161,7 @@ def test_the_checksum_is_that_of_all_bytes_however_they_come(tmp_path, sizes):
     rest = bytes(range(65, 105)) + bytes(2)
     path = tmp_path / "file"
     with open(path, "wb") as file:
-        sealing = seals.SealingFile(file)
+        sealing = checksums.SealingFile(file)
         written = 0
         for size in sizes:
             part = rest[written : written + size]
@@ -167,7 +171,7 @@ def test_the_checksum_is_that_of_all_bytes_however_they_come(tmp_path, sizes):
     content = path.read_bytes()
     assert content.startswith(rest[:-2])
     with open(path, "rb") as file:
-        assert seals.holds(file)
+        assert checksums.holds(file)
 
 
 # ---- files without a checksum --------------------------------------------------------------------
@@ -176,9 +180,9 @@ def test_the_checksum_is_that_of_all_bytes_however_they_come(tmp_path, sizes):
 def test_a_checkpoint_of_an_older_version_loads_and_says_so(tmp_path, caplog):
     path = tmp_path / LAST
     torch.save({"format": 1, **checkpoint(5)}, path)
-    assert saving.load(path)["step"] == 5
+    assert run_checkpoints.load(path)["step"] == 5
     assert f"{path} holds no checksum" in caplog.text
-    assert files.is_whole(path)
+    assert weight_files.is_whole(path)
 
 
 @pytest.mark.parametrize("ours", [True, False])
@@ -194,8 +198,8 @@ def test_damaged_contents_of_files_without_a_checksum_are_noticed_too(tmp_path, 
     ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"is damaged: weights/data/0 in it cannot be read"):
-            files.read(path)
-        assert not files.is_whole(path)
+            weight_files.read(path)
+        assert not weight_files.is_whole(path)
 
 
 def test_files_written_without_any_checksum_are_read(tmp_path):
@@ -204,7 +208,7 @@ def test_files_written_without_any_checksum_are_read(tmp_path):
         torch.save(checkpoint(3), tmp_path / "weights.pth")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert files.read(tmp_path / "weights.pth")["step"] == 3
+    assert weight_files.read(tmp_path / "weights.pth")["step"] == 3
 
 
 # ---- the one before ------------------------------------------------------------------------------
@@ -212,20 +216,20 @@ def test_files_written_without_any_checksum_are_read(tmp_path):
 
 def test_the_checkpoint_before_the_last_is_kept(tmp_path):
     last, previous = tmp_path / LAST, tmp_path / PREVIOUS
-    saving.save(checkpoint(1), last, previous)
+    run_checkpoints.save(checkpoint(1), last, previous)
     assert not previous.exists()
     for step in (2, 3, 4):
-        saving.save(checkpoint(step), last, previous)
-        assert saving.load(last)["step"] == step
-        assert saving.load(previous)["step"] == step - 1
+        run_checkpoints.save(checkpoint(step), last, previous)
+        assert run_checkpoints.load(last)["step"] == step
+        assert run_checkpoints.load(previous)["step"] == step - 1
     assert sorted(os.listdir(tmp_path)) == [LAST, PREVIOUS]
 
 
 def test_a_damaged_checkpoint_does_not_displace_the_one_before(path):
     path.write_bytes(path.read_bytes()[:-1])
-    saving.save(checkpoint(3), path, path.with_name(PREVIOUS))
-    assert saving.load(path)["step"] == 3
-    assert saving.load(path.with_name(PREVIOUS))["step"] == 1
+    run_checkpoints.save(checkpoint(3), path, path.with_name(PREVIOUS))
+    assert run_checkpoints.load(path)["step"] == 3
+    assert run_checkpoints.load(path.with_name(PREVIOUS))["step"] == 1
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no_links"])
@@ -248,24 +252,24 @@ def test_a_kill_while_the_one_before_is_kept_leaves_whole_files(path, monkeypatc
     child = os.fork()
     if child == 0:
         if not links:
-            saving.os.link = no_link
+            run_checkpoints.os.link = no_link
         if moment == "link" and links:
-            saving.os.link = kill
+            run_checkpoints.os.link = kill
         elif moment == "link":
-            saving.shutil.copyfile = kill
+            run_checkpoints.shutil.copyfile = kill
         else:
-            saving.os.replace = rename
+            run_checkpoints.os.replace = rename
         try:
-            saving.save(checkpoint(3), path, path.with_name(PREVIOUS))
+            run_checkpoints.save(checkpoint(3), path, path.with_name(PREVIOUS))
         finally:
             os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert saving.load(path)["step"] == 2
-    kept = saving.load(path.with_name(PREVIOUS))["step"]
+    assert run_checkpoints.load(path)["step"] == 2
+    kept = run_checkpoints.load(path.with_name(PREVIOUS))["step"]
     assert kept == (2 if moment == "second_rename" else 1)
-    saving.save(checkpoint(4), path, path.with_name(PREVIOUS))
-    assert saving.load(path)["step"] == 4
-    assert saving.load(path.with_name(PREVIOUS))["step"] == 2
+    run_checkpoints.save(checkpoint(4), path, path.with_name(PREVIOUS))
+    assert run_checkpoints.load(path)["step"] == 4
+    assert run_checkpoints.load(path.with_name(PREVIOUS))["step"] == 2
     assert sorted(os.listdir(path.parent)) == [LAST, PREVIOUS]  # nothing is left behind
 
 
@@ -273,25 +277,27 @@ def test_a_full_disk_while_the_one_before_is_copied_costs_nothing(path, monkeypa
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(saving.os, "link", fail)
-    monkeypatch.setattr(saving.shutil, "copyfile", fail)
-    with pytest.raises(saving.CheckpointError, match=r"No space left .*; its last version is kept"):
-        saving.save(checkpoint(3), path, path.with_name(PREVIOUS))
-    assert saving.load(path)["step"] == 2
-    assert saving.load(path.with_name(PREVIOUS))["step"] == 1
+    monkeypatch.setattr(run_checkpoints.os, "link", fail)
+    monkeypatch.setattr(run_checkpoints.shutil, "copyfile", fail)
+    with pytest.raises(
+        run_checkpoints.CheckpointError, match=r"No space left .*; its last version is kept"
+    ):
+        run_checkpoints.save(checkpoint(3), path, path.with_name(PREVIOUS))
+    assert run_checkpoints.load(path)["step"] == 2
+    assert run_checkpoints.load(path.with_name(PREVIOUS))["step"] == 1
     assert sorted(os.listdir(path.parent)) == [LAST, PREVIOUS]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is full")
 def test_a_really_full_disk_costs_nothing_either(path, monkeypatch):
     device = Path("/dev/full")
-    monkeypatch.setattr(saving, "open", lambda _, mode: device.open(mode), raising=False)
+    monkeypatch.setattr(run_checkpoints, "open", lambda _, mode: device.open(mode), raising=False)
     message = r"last\.pt could not be written \(.*No space left on device\); its last version is"
     for size in (1, 10, 4000, 1_000_000):  # one fits the buffer, and fails where that is emptied
-        with pytest.raises(saving.CheckpointError, match=message):
-            saving.save(checkpoint(3, size), path, path.with_name(PREVIOUS))
-    assert saving.load(path)["step"] == 2
-    assert saving.load(path.with_name(PREVIOUS))["step"] == 1
+        with pytest.raises(run_checkpoints.CheckpointError, match=message):
+            run_checkpoints.save(checkpoint(3, size), path, path.with_name(PREVIOUS))
+    assert run_checkpoints.load(path)["step"] == 2
+    assert run_checkpoints.load(path.with_name(PREVIOUS))["step"] == 1
     assert sorted(os.listdir(path.parent)) == [LAST, PREVIOUS]
 
 
@@ -310,37 +316,37 @@ def test_an_interrupt_at_any_moment_of_saving_costs_nothing(path, monkeypatch, f
             raise KeyboardInterrupt
         return result
 
-    monkeypatch.setattr(saving.os, function, interrupted)
+    monkeypatch.setattr(run_checkpoints.os, function, interrupted)
     with contextlib.suppress(KeyboardInterrupt):
-        saving.save(checkpoint(3), path, path.with_name(PREVIOUS))
+        run_checkpoints.save(checkpoint(3), path, path.with_name(PREVIOUS))
     monkeypatch.undo()
-    assert saving.load(path)["step"] in (2, 3)
-    assert saving.load(path.with_name(PREVIOUS))["step"] in (1, 2)
-    saving.save(checkpoint(4), path, path.with_name(PREVIOUS))
-    assert saving.load(path)["step"] == 4
-    assert saving.load(path.with_name(PREVIOUS))["step"] in (2, 3)
+    assert run_checkpoints.load(path)["step"] in (2, 3)
+    assert run_checkpoints.load(path.with_name(PREVIOUS))["step"] in (1, 2)
+    run_checkpoints.save(checkpoint(4), path, path.with_name(PREVIOUS))
+    assert run_checkpoints.load(path)["step"] == 4
+    assert run_checkpoints.load(path.with_name(PREVIOUS))["step"] in (2, 3)
     assert sorted(os.listdir(path.parent)) == [LAST, PREVIOUS]
 
 
 def test_whoever_reads_while_others_write_gets_a_whole_file(tmp_path):
     last, previous = tmp_path / LAST, tmp_path / PREVIOUS
-    saving.save(checkpoint(1), last)
+    run_checkpoints.save(checkpoint(1), last)
     stop = threading.Event()
 
     def write():
         step = 1
         while not stop.is_set():
             step += 1
-            saving.save(checkpoint(step), last, previous)
+            run_checkpoints.save(checkpoint(step), last, previous)
 
     writing = threading.Thread(target=write)
     writing.start()
     steps = []
     try:
         while len(steps) < 60 or steps[-1] < 10:
-            steps.append(saving.load(last)["step"])
-        before = saving.load(previous)["step"]
-        assert 0 < before <= saving.load(last)["step"]
+            steps.append(run_checkpoints.load(last)["step"])
+        before = run_checkpoints.load(previous)["step"]
+        assert 0 < before <= run_checkpoints.load(last)["step"]
     finally:
         stop.set()
         writing.join()
@@ -375,8 +381,8 @@ def test_what_is_said_of_a_damaged_checkpoint_goes_on(shapes, tmp_path, capsys):
     # A new run does not take the folder, and an old one goes on.
     assert run(*SMALL_RUN.split(), "--data-path", shapes, "--output", folder) == 1
     assert run("--resume", previous, "--epochs", 2) == 0
-    assert saving.load(last)["step"] == 16
-    assert files.is_whole(previous)
+    assert run_checkpoints.load(last)["step"] == 16
+    assert weight_files.is_whole(previous)
 
     spoil(last), spoil(previous)
     capsys.readouterr()

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from detector import evaluation, saving
+from detector import evaluation, run_checkpoints
 from detector.config import PRESETS
 from detector.data import build_dataset
 from detector.data.loading import make_loader
@@ -334,7 +334,7 @@ def checkpoint(shapes, tmp_path_factory):
         "categories": list(CATEGORIES),
         "category_ids": list(range(6)),
     }
-    saving.save(contents, path)
+    run_checkpoints.save(contents, path)
     return path
 
 
@@ -357,7 +357,7 @@ def test_the_command_uses_an_average_of_weights_where_there_is_one(checkpoint, m
     average = checkpoint.with_name("average.pt")
     contents = torch.load(checkpoint, weights_only=True)
     ema = {key: tensor + 1 for key, tensor in contents["model"].items()}
-    saving.save(contents | {"ema": ema}, average)
+    run_checkpoints.save(contents | {"ema": ema}, average)
     command.main([str(average), "--device", "cpu"])
     torch.testing.assert_close(seen[0].state_dict(), ema)
 
@@ -398,7 +398,7 @@ def test_data_with_more_classes_than_the_model_is_refused(checkpoint, tmp_path, 
     few = CONFIG.replace(num_classes=3, data_path=str(shapes), label_ids="category")
     contents |= {"model": build_model(few.model).state_dict(), "config": few.to_dict()}
     contents |= {"categories": None, "category_ids": None}
-    saving.save(contents, tmp_path / "few.pt")
+    run_checkpoints.save(contents, tmp_path / "few.pt")
     arguments = [str(tmp_path / "few.pt"), "--device", "cpu", "--data-path", str(shapes)]
     assert command.main([*arguments, "--short-side", "0"]) == 1
     assert "must know the 6 classes of" in capsys.readouterr().err

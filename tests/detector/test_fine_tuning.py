@@ -8,7 +8,7 @@ import pytest
 import torch
 import train
 
-from detector import saving
+from detector import run_checkpoints
 from detector.backbone import RESNET_BLOCKS
 from detector.data.shapes import CATEGORIES
 from detector.model import build_model
@@ -90,7 +90,7 @@ def test_original_weights_for_coco_keep_their_classes_on_coco(
     path, weights = official
     assert start(path, coco, tmp_path / "run") == 0
     assert f"labels are category ids, as in {path}: --label-ids category" in caplog.text
-    state = saving.load(tmp_path / "run" / "last.pt")
+    state = run_checkpoints.load(tmp_path / "run" / "last.pt")
     assert state["config"]["data"]["label_ids"] == "category"
     assert state["config"]["model"]["num_classes"] == 91
     assert state["category_ids"] == list(range(91))
@@ -117,7 +117,7 @@ def test_the_other_choice_on_coco_is_answered_with_what_keeps_the_classes(
     )
     assert not (tmp_path / "run").exists()
     assert start(path, coco, tmp_path / "run", "--reset-classes") == 0
-    state = saving.load(tmp_path / "run" / "last.pt")
+    state = run_checkpoints.load(tmp_path / "run" / "last.pt")
     assert state["config"]["data"]["label_ids"] == "contiguous"
     assert state["model"]["class_embed.0.weight"].shape == (80, 32)
 
@@ -145,12 +145,12 @@ def test_other_classes_are_answered_with_what_fits(
         return
     # Either piece of advice works; ids keep all that the heads know.
     assert start(path, data, tmp_path / "run", "--label-ids", "category") == 0
-    state = saving.load(tmp_path / "run" / "last.pt")
+    state = run_checkpoints.load(tmp_path / "run" / "last.pt")
     assert_heads_are_kept(state["model"], weights)
     last = str(tmp_path / "run" / "last.pt")
     assert train.main(["--resume", last, *ONE_STEP.split()]) == 0
     assert start(path, data, tmp_path / "new", "--reset-classes") == 0
-    state = saving.load(tmp_path / "new" / "last.pt")
+    state = run_checkpoints.load(tmp_path / "new" / "last.pt")
     assert state["model"]["class_embed.0.weight"].shape == (len(ids), 32)
 
 
@@ -213,13 +213,13 @@ def test_a_finished_run_says_so_and_how_to_go_on(shapes, tmp_path, capsys):
         )
     assert last.read_bytes() == before
     assert train.main(["--resume", str(last), "--epochs", "2", "--num-workers", "0"]) == 0
-    assert saving.load(last)["epoch"] == 2
+    assert run_checkpoints.load(last)["epoch"] == 2
 
 
 def test_weights_alone_are_no_run_to_go_on_with(own, tmp_path, capsys):
-    state = saving.load(own / "last.pt")
+    state = run_checkpoints.load(own / "last.pt")
     weights = {name: state[name] for name in ("model", "config", "categories", "category_ids")}
-    saving.save(weights, tmp_path / "best.pt")
+    run_checkpoints.save(weights, tmp_path / "best.pt")
     assert small_run("--resume", tmp_path / "best.pt") == 1
     assert capsys.readouterr().err.endswith(
         f"but holds weights alone; --weights {tmp_path}/best.pt starts anew from it\n"

@@ -23,7 +23,7 @@ import train
 from torch import nn
 
 from detector.backbone import Backbone
-from detector.checkpoints import load_model, read_checkpoint
+from detector.checkpoint_formats import load_model, read_checkpoint
 from detector.model import build_model
 from tests.detector.foreign_files import OTHERS, assert_holds, refusal, weights_of
 from tests.detector.small_models import DEFORMABLE, original_file, resnet_config
@@ -367,7 +367,7 @@ def test_folders_of_transformers_are_told_apart(tmp_path, weights):
 
 @pytest.mark.parametrize("variant", DEFORMABLE)
 def test_older_folders_of_transformers_are_read(tmp_path, variant):
-    from detector.checkpoints import to_transformers
+    from detector.checkpoint_formats import to_transformers
 
     weights = weights_of(resnet_config(variant))
     settings = dict(encoder_attention_heads=4, decoder_attention_heads=4, num_queries=20)

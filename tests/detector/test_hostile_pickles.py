@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from detector import pickles, saving
+from detector import run_checkpoints, safe_pickle
 from tests.detector.foreign_files import refusal
 
 
@@ -82,8 +82,8 @@ def test_a_call_in_a_checkpoint_is_refused_and_not_run(
     said = refusal(path)
     assert sorted(os.listdir()) == before
     assert "nothing of it was run" in said or "reading it failed" in said
-    with pytest.raises(saving.CheckpointError):
-        saving.load(path)
+    with pytest.raises(run_checkpoints.CheckpointError):
+        run_checkpoints.load(path)
     assert sorted(os.listdir()) == before
 
 
@@ -125,14 +125,14 @@ def test_pickles_made_by_hand_run_nothing(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     harmless = {name: dict(vars(kind)) for name, kind in _known_classes().items()}
     with contextlib.suppress(Exception):
-        made = pickles.load(io.BytesIO(RAW[kind]))
-        assert isinstance(made, (pickles.Unknown, type(None)))
+        made = safe_pickle.load(io.BytesIO(RAW[kind]))
+        assert isinstance(made, (safe_pickle.Unknown, type(None)))
     assert os.listdir() == []
     assert {name: dict(vars(kind)) for name, kind in _known_classes().items()} == harmless
     assert vars(torch._utils._rebuild_tensor) == vars(torch._utils._rebuild_tensor_v2) == {}
     # What the next file asks for is judged as ever.
-    with pytest.raises(pickles.Refused, match=r"call of os\.mkdir, which may do anything"):
-        pickles.load(io.BytesIO(raw(name("os", "mkdir"), tuple_of(text(FOLDER)), b"R")))
+    with pytest.raises(safe_pickle.Refused, match=r"call of os\.mkdir, which may do anything"):
+        safe_pickle.load(io.BytesIO(raw(name("os", "mkdir"), tuple_of(text(FOLDER)), b"R")))
 
 
 def _known_classes():

@@ -15,7 +15,7 @@ import pytest
 import torch.multiprocessing as mp
 import train
 
-from detector import locks, processes, saving
+from detector import distributed, locks, run_checkpoints
 from detector.locks import folder_locked
 from tests.detector.small_runs import SMALL_RUN
 
@@ -211,13 +211,13 @@ def test_two_runs_do_not_share_a_folder(shapes, tmp_path, capsys):
         assert f"process {other.pid}" in said
     assert small_run(*given) == 0
     assert sorted(os.listdir(folder)) == ["last.pt", "log.jsonl"]
-    step = saving.load(folder / "last.pt")["step"]
+    step = run_checkpoints.load(folder / "last.pt")["step"]
     with holder(folder):
         assert small_run("--resume", folder / "last.pt") == 1
         # Elsewhere it may go on: it only reads here.
         assert small_run("--resume", folder / "last.pt", "--output", tmp_path / "new") == 0
-    assert saving.load(folder / "last.pt")["step"] == step
-    assert saving.load(tmp_path / "new" / "last.pt")["step"] == step + 1
+    assert run_checkpoints.load(folder / "last.pt")["step"] == step
+    assert run_checkpoints.load(tmp_path / "new" / "last.pt")["step"] == step + 1
 
 
 def test_a_run_started_while_another_trains_leaves_that_alone(shapes, tmp_path):
@@ -243,14 +243,14 @@ def test_a_run_started_while_another_trains_leaves_that_alone(shapes, tmp_path):
 def take_together(rank, port, folder, refused):
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with processes.joined("cpu"):
+    with distributed.joined("cpu"):
         if refused:
             assert "which belongs to process" in refusal(folder)
             return
         with folder_locked(folder):
             assert (folder / locks.NAME).exists()
-            processes.gather(None)
-        processes.gather(None)
+            distributed.gather(None)
+        distributed.gather(None)
         assert not folder.exists()
 
 

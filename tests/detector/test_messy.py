@@ -12,7 +12,7 @@ import train
 from PIL import Image
 from torch import nn
 
-from detector import saving
+from detector import run_checkpoints
 from detector.config import PRESETS, DataConfig
 from detector.data import build_dataset, check
 from detector.data.__main__ import main as check_command
@@ -251,7 +251,7 @@ def test_names_of_classes_can_be_taken_from_annotations(plain, trained, tmp_path
     folder, _ = trained
     state = torch.load(folder / "last.pt", weights_only=True)
     state |= {"categories": None, "category_ids": list(range(4))}
-    saving.save(state, tmp_path / "nameless.pt")
+    run_checkpoints.save(state, tmp_path / "nameless.pt")
     arguments = [str(plain / "train/0.png"), "--checkpoint", str(tmp_path / "nameless.pt")]
     arguments += ["--output", str(tmp_path), "--threshold", "0", "--device", "cpu"]
 
@@ -410,7 +410,7 @@ def test_prediction_reads_images_by_the_rules_of_training_or_its_own(trained, tm
     assert "white_level must be at least 0" in capsys.readouterr().err
     state = torch.load(folder / "last.pt", weights_only=True)
     state["config"]["data"]["white_level"] = 255.0
-    saving.save(state, tmp_path / "other.pt")
+    run_checkpoints.save(state, tmp_path / "other.pt")
     arguments[2] = str(tmp_path / "other.pt")
     assert predict.main(arguments) == 0
 

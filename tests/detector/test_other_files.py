@@ -5,8 +5,8 @@ import re
 import pytest
 import torch
 
-from detector import files, saving
-from detector.checkpoints import read_checkpoint
+from detector import run_checkpoints, weight_files
+from detector.checkpoint_formats import read_checkpoint
 from tests.detector.foreign_files import OTHERS, refusal
 
 
@@ -18,8 +18,8 @@ def test_what_is_no_checkpoint_is_told_by_its_kind(tmp_path, kind, suffix):
     make(path)
     said = refusal(path)
     assert re.search(message, said), said
-    with pytest.raises(saving.CheckpointError, match=re.escape(str(path))) as error:
-        saving.load(path)
+    with pytest.raises(run_checkpoints.CheckpointError, match=re.escape(str(path))) as error:
+        run_checkpoints.load(path)
     assert "\n" not in str(error.value)
 
 
@@ -54,7 +54,7 @@ def test_a_file_that_may_not_be_read_is_told(tmp_path, weights, monkeypatch):
     def forbidden(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(files, "open", forbidden, raising=False)
+    monkeypatch.setattr(weight_files, "open", forbidden, raising=False)
     assert refusal(path).endswith(
         f"may not be read by this user: chmod u+r {path}, or ask its owner"
     )

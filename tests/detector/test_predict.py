@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from detector import drawing, saving
-from detector.checkpoints import load_model
+from detector import drawing, run_checkpoints
+from detector.checkpoint_formats import load_model
 from detector.config import PRESETS, DataConfig
 from detector.data import build_dataset
 from detector.data.transforms import normalise, resize
@@ -54,7 +54,7 @@ def save_model(path, model, categories=NAMES):
     checkpoint = {"model": model.state_dict(), "config": CONFIG.to_dict()}
     checkpoint["config"]["model"] = dataclasses.asdict(model.config)
     ids = list(range(len(NAMES)))
-    saving.save(checkpoint | {"categories": categories, "category_ids": ids}, path)
+    run_checkpoints.save(checkpoint | {"categories": categories, "category_ids": ids}, path)
     return path
 
 

@@ -13,9 +13,9 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 
-from detector import processes, saving
+from detector import distributed, run_checkpoints
 from detector.backbone import FrozenBatchNorm2d
-from detector.checkpoints import read_checkpoint
+from detector.checkpoint_formats import read_checkpoint
 from detector.config import RunConfig
 from tests.detector.small_runs import (
     after_batches,
@@ -74,7 +74,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
     # Workers make no difference either.
     workers = 2 if batches == 5 else 0
     resumed = make_trainer(shapes, tmp_path, run=run, **EVERYTHING, num_workers=workers)
-    resumed.restore(saving.load(tmp_path / "last.pt"))
+    resumed.restore(run_checkpoints.load(tmp_path / "last.pt"))
     assert resumed.fit() == "finished"
     state, losses = uninterrupted
     assert [record["loss"] for record in records(tmp_path, "train")] == losses
@@ -87,7 +87,7 @@ def test_time_spent_in_steps_goes_on_counting_where_a_run_is_resumed(shapes, tmp
     trainer.fit()
     before = dict(trainer.seconds)
     resumed = make_trainer(shapes, tmp_path, epochs=2)
-    resumed.restore(saving.load(tmp_path / "last.pt"))
+    resumed.restore(run_checkpoints.load(tmp_path / "last.pt"))
     assert resumed.seconds == before
     resumed.fit()
     names = ("training_seconds", "processor_seconds")
@@ -101,7 +101,7 @@ def test_an_interrupted_evaluation_is_repeated(shapes, tmp_path):
     trainer = make_trainer(shapes, tmp_path, lambda model: interrupt(), epochs=1)
     assert trainer.fit() == "SIGINT"
     resumed = make_trainer(shapes, tmp_path, lambda model: {"AP": 0.5}, epochs=1)
-    resumed.restore(saving.load(tmp_path / "last.pt"))
+    resumed.restore(run_checkpoints.load(tmp_path / "last.pt"))
     assert (resumed.step, resumed.epoch) == (8, 0)
     assert resumed.fit() == "finished"
     assert resumed.best == {"AP": 0.5, "epoch": 1}
@@ -120,19 +120,19 @@ def test_a_second_signal_interrupts_at_once(shapes, tmp_path):
 def test_training_stops_and_saves_when_time_is_up(shapes, tmp_path):
     trainer = make_trainer(shapes, tmp_path, run=RunConfig(max_minutes=1e-9))
     assert trainer.fit() == "time"
-    assert saving.load(tmp_path / "last.pt")["step"] == 1
+    assert run_checkpoints.load(tmp_path / "last.pt")["step"] == 1
 
 
 def test_a_run_cannot_be_resumed_with_another_batch_size(shapes, tmp_path):
     make_trainer(shapes, tmp_path, run=RunConfig(max_minutes=1e-9)).fit()
-    state = saving.load(tmp_path / "last.pt")
-    with pytest.raises(saving.CheckpointError, match="8 steps per epoch, got 4"):
+    state = run_checkpoints.load(tmp_path / "last.pt")
+    with pytest.raises(run_checkpoints.CheckpointError, match="8 steps per epoch, got 4"):
         make_trainer(shapes, tmp_path, batch_size=8).restore(state)
 
 
 def test_a_run_cannot_be_resumed_with_another_model(shapes, tmp_path):
     make_trainer(shapes, tmp_path, run=RunConfig(max_minutes=1e-9)).fit()
-    state = saving.load(tmp_path / "last.pt")
+    state = run_checkpoints.load(tmp_path / "last.pt")
     with pytest.raises(ValueError, match=r"does not fit the model: .*\.layers\.1\."):
         make_trainer(shapes, tmp_path, num_encoder_layers=2).restore(state)
 
@@ -140,7 +140,7 @@ def test_a_run_cannot_be_resumed_with_another_model(shapes, tmp_path):
 def test_a_resumed_run_takes_new_learning_rates(shapes, tmp_path):
     make_trainer(shapes, tmp_path, run=RunConfig(max_minutes=1e-9)).fit()
     resumed = make_trainer(shapes, tmp_path, lr=0.5, weight_decay=0.25)
-    resumed.restore(saving.load(tmp_path / "last.pt"))
+    resumed.restore(run_checkpoints.load(tmp_path / "last.pt"))
     assert {group["weight_decay"] for group in resumed.optimizer.param_groups} == {0.25}
     assert resumed.optimizer.param_groups[0]["full_lr"] == 0.5
 
@@ -162,8 +162,8 @@ def test_the_best_epoch_and_its_moving_average_are_kept(shapes, tmp_path):
     assert torch.equal(best.state["transformer.level_embed"], evaluated[1])
     assert best.config == trainer.config
     assert best.categories == ["disc", "square", "triangle", "cross", "ring", "diamond"]
-    with pytest.raises(saving.CheckpointError, match=r"best\.pt .* holds weights alone"):
-        saving.load(tmp_path / "best.pt")
+    with pytest.raises(run_checkpoints.CheckpointError, match=r"best\.pt .* holds weights alone"):
+        run_checkpoints.load(tmp_path / "best.pt")
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def run_process(rank, port, shapes, folder):
     torch.set_num_threads(1)
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    with processes.joined("cpu"):
+    with distributed.joined("cpu"):
         trainer = make_trainer(
             shapes, folder / "step", adapt=in_float64, batch_size=2, accumulate=2
         )
@@ -198,7 +198,7 @@ def run_process(rank, port, shapes, folder):
         assert trainer.fit() == "SIGTERM"
         assert trainer.step == 3
         parameters = torch.cat([p.detach().flatten() for p in trainer.average.parameters()])
-        first, second = processes.gather(parameters)
+        first, second = distributed.gather(parameters)
         assert torch.equal(first, second)
 
 
@@ -218,7 +218,7 @@ def test_two_processes_train_as_one_with_the_same_total_batch(shapes, tmp_path):
     for name, gradient in expected.items():
         assert gradient.dtype == torch.float64
         torch.testing.assert_close(together[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
-    state = saving.load(tmp_path / "last.pt")
+    state = run_checkpoints.load(tmp_path / "last.pt")
     assert state["step"] == 3
     assert len(state["random"]) == 2
     assert not torch.equal(state["random"][0]["torch"], state["random"][1]["torch"])
@@ -228,7 +228,7 @@ def test_two_processes_train_as_one_with_the_same_total_batch(shapes, tmp_path):
 def test_a_device_that_is_not_there_is_refused_in_a_sentence(device):
     with (
         pytest.raises(SystemExit, match=rf"^error: device must .*, got '?{device}"),
-        processes.joined(device),
+        distributed.joined(device),
     ):
         pass
 
@@ -237,5 +237,5 @@ def test_cuda_without_an_index_is_the_device_of_this_process(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    with processes.joined("cuda") as device:
+    with distributed.joined("cuda") as device:
         assert chosen == [device] == [torch.device("cuda", 0)]

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from detector import saving
+from detector import run_checkpoints
 from detector.config import RunConfig
 from tests.detector.small_runs import after_batches, make_trainer
 
@@ -34,7 +34,7 @@ def checkpoint(step):
 
 
 def assert_is_checkpoint(path, step):
-    state = saving.load(path)
+    state = run_checkpoints.load(path)
     assert state["step"] == step
     assert torch.equal(state["model"]["weight"], checkpoint(step)["model"]["weight"])
 
@@ -66,20 +66,20 @@ class Disk:
 @pytest.mark.parametrize("moment", ["write", "fsync", "replace"])
 def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch, moment):
     path = tmp_path / "last.pt"
-    saving.save(checkpoint(1), path)
+    run_checkpoints.save(checkpoint(1), path)
 
     def kill(*_):
         os.kill(os.getpid(), signal.SIGKILL)
 
     if moment == "write":
-        monkeypatch.setattr(saving, "open", partial(Disk, kill), raising=False)
+        monkeypatch.setattr(run_checkpoints, "open", partial(Disk, kill), raising=False)
     else:
-        monkeypatch.setattr(saving.os, moment, kill)
-    assert killed(lambda: saving.save(checkpoint(2), path))
+        monkeypatch.setattr(run_checkpoints.os, moment, kill)
+    assert killed(lambda: run_checkpoints.save(checkpoint(2), path))
     monkeypatch.undo()
     assert_is_checkpoint(path, 1)
     # What was left behind is in nobody's way.
-    saving.save(checkpoint(3), path)
+    run_checkpoints.save(checkpoint(3), path)
     assert_is_checkpoint(path, 3)
     assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
 
@@ -87,21 +87,21 @@ def test_a_kill_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch, m
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
     path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
     for attempt in range(8):
-        saving.save(checkpoint(0), path, previous)
+        run_checkpoints.save(checkpoint(0), path, previous)
         child = os.fork()
         if child == 0:
             try:
                 for step in range(1, 10_000):
-                    saving.save(checkpoint(step), path, previous)
+                    run_checkpoints.save(checkpoint(step), path, previous)
             finally:
                 os._exit(1)
         time.sleep(0.05 + 0.007 * attempt)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        step = saving.load(path)["step"]
+        step = run_checkpoints.load(path)["step"]
         assert_is_checkpoint(path, step)
         if previous.exists() and step > 0:
-            before = saving.load(previous)["step"]
+            before = run_checkpoints.load(previous)["step"]
             assert before in (step, step - 1)
             assert_is_checkpoint(previous, before)
 
@@ -112,13 +112,13 @@ def full():
 
 def test_a_full_disk_keeps_the_last_checkpoint_and_is_named(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    saving.save(checkpoint(1), path)
-    monkeypatch.setattr(saving, "open", partial(Disk, full), raising=False)
+    run_checkpoints.save(checkpoint(1), path)
+    monkeypatch.setattr(run_checkpoints, "open", partial(Disk, full), raising=False)
     message = r"last\.pt could not be written \(.*No space left on device\); its last version is"
-    with pytest.raises(saving.CheckpointError, match=message):
-        saving.save(checkpoint(2), path)
-    with pytest.raises(saving.CheckpointError, match="there is no earlier version of it"):
-        saving.save(checkpoint(2), tmp_path / "new" / "last.pt")
+    with pytest.raises(run_checkpoints.CheckpointError, match=message):
+        run_checkpoints.save(checkpoint(2), path)
+    with pytest.raises(run_checkpoints.CheckpointError, match="there is no earlier version of it"):
+        run_checkpoints.save(checkpoint(2), tmp_path / "new" / "last.pt")
     monkeypatch.undo()
     assert_is_checkpoint(path, 1)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["last.pt"]
@@ -126,27 +126,27 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_is_named(tmp_path, monkeypatc
 
 def test_training_goes_on_while_the_disk_is_full(shapes, tmp_path, monkeypatch, capsys):
     trainer = make_trainer(shapes, tmp_path, run=RunConfig(save_minutes=1e-9), epochs=1)
-    monkeypatch.setattr(saving, "open", partial(Disk, full), raising=False)
+    monkeypatch.setattr(run_checkpoints, "open", partial(Disk, full), raising=False)
     after_batches(trainer, 7, monkeypatch.undo)  # somebody makes room
     assert trainer.fit() == "finished"
-    assert saving.load(tmp_path / "last.pt")["step"] == 8
+    assert run_checkpoints.load(tmp_path / "last.pt")["step"] == 8
     assert "No space left on device" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_save_its_end_fails(shapes, tmp_path, monkeypatch):
     trainer = make_trainer(shapes, tmp_path, epochs=1)
-    monkeypatch.setattr(saving, "open", partial(Disk, full), raising=False)
-    with pytest.raises(saving.CheckpointError, match=r"last\.pt could not be written"):
+    monkeypatch.setattr(run_checkpoints, "open", partial(Disk, full), raising=False)
+    with pytest.raises(run_checkpoints.CheckpointError, match=r"last\.pt could not be written"):
         trainer.fit()
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path):
     for content, message in ((b"", "could not be read"), (b"not a file of torch", "be read")):
         (tmp_path / "last.pt").write_bytes(content)
-        with pytest.raises(saving.CheckpointError, match=rf"last\.pt .*{message}"):
-            saving.load(tmp_path / "last.pt")
-    with pytest.raises(saving.CheckpointError, match=r"missing\.pt could not be read"):
-        saving.load(tmp_path / "missing.pt")
+        with pytest.raises(run_checkpoints.CheckpointError, match=rf"last\.pt .*{message}"):
+            run_checkpoints.load(tmp_path / "last.pt")
+    with pytest.raises(run_checkpoints.CheckpointError, match=r"missing\.pt could not be read"):
+        run_checkpoints.load(tmp_path / "missing.pt")
 
 
 def test_logs_that_are_not_installed_are_named(shapes, tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ import pytest
 import torch
 import train
 
-from detector import saving
+from detector import run_checkpoints
 from detector.config import (
     PRESETS,
     Config,
@@ -275,7 +275,7 @@ def test_the_program_trains_stops_resumes_and_fine_tunes(shapes, tmp_path, capsy
     start = ["--weights", str(folder / "best.pt"), "--reset-classes", "--output", str(tuned)]
     data = ["--data-path", shapes, "--num-workers", "0", "--short-sides", "64"]
     assert train.main([*start, *data, "--max-minutes", "1e-9"]) == 0
-    assert saving.load(tuned / "last.pt")["config"]["model"]["hidden_dim"] == 32
+    assert run_checkpoints.load(tuned / "last.pt")["config"]["model"]["hidden_dim"] == 32
 
 
 def test_a_pretrained_backbone_must_be_asked_for(shapes, tmp_path, capsys):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from detector.checkpoints import (
+from detector.checkpoint_formats import (
     Checkpoint,
     from_transformers,
     load_into,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detector import files
+from detector import weight_files
 
 RESNET_BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
@@ -247,7 +247,7 @@ def load_resnet(resnet: ResNet, path: str | Path) -> None:
         ValueError: the file does not hold the weights of this net.
     """
     try:
-        state = files.read(Path(path), "--backbone-weights")
+        state = weight_files.read(Path(path), "--backbone-weights")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     nested = state.get("state_dict")
@@ -258,10 +258,10 @@ def load_resnet(resnet: ResNet, path: str | Path) -> None:
         for key, tensor in state.items()
         if not key.startswith("fc.") and not key.endswith("num_batches_tracked")
     }
-    problems = files.misfits(resnet.state_dict(), state)
+    problems = weight_files.misfits(resnet.state_dict(), state)
     if problems:
         raise ValueError(
             f"{path} must hold torchvision's weights of the net, but "
-            f"{files.shortened(problems.values(), '; ', 3)}"
+            f"{weight_files.shortened(problems.values(), '; ', 3)}"
         )
     resnet.load_state_dict(state)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from detector import processes
+from detector import distributed
 from detector.data.annotations import read_annotations
 from detector.data.coco import CocoDetection
 from detector.data.loading import Batch
@@ -61,7 +61,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     found: Detections = {}
-    for batch in tqdm(loader, "evaluating", disable=None if processes.rank() == 0 else True):
+    for batch in tqdm(loader, "evaluating", disable=None if distributed.rank() == 0 else True):
         batch = batch.to(device)
         outputs = model(batch.images, batch.padding_mask)
         sizes = torch.stack([target["orig_size"] for target in batch.targets])
@@ -71,9 +71,9 @@ def evaluate(
     model.train(was_training)
 
     dataset.merge_findings()
-    shares = processes.gather(found)
+    shares = distributed.gather(found)
     results = None
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         found = {image: rows for share in shares for image, rows in share.items()}
         bad = set(dataset.bad_images.nonzero()[:, 0].tolist()) & found.keys()
         found |= {image: np.zeros((0, 6)) for image in bad}
@@ -87,7 +87,7 @@ def evaluate(
         }
         if file:
             file.write_text(json.dumps(as_records(found, dataset)) + "\n")
-    return processes.gather(results)[0]
+    return distributed.gather(results)[0]
 
 
 def _rows(detected: dict[str, Tensor], position: int, dataset: CocoDetection) -> np.ndarray:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from detector.checkpoints import Checkpoint
+from detector.checkpoint_formats import Checkpoint
 from detector.config import Config
 from detector.data import CocoDetection, DataError
 from detector.data.coco import find_split
-from detector.files import shortened
+from detector.weight_files import shortened
 
 logger = logging.getLogger(__name__)
 

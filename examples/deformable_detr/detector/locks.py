@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from detector import processes
+from detector import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +50,13 @@ def folder_locked(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be made or written to.
     """
     descriptor, error, is_new = None, None, False
-    if processes.rank() == 0:
+    if distributed.rank() == 0:
         is_new = not folder.exists()
         try:
             descriptor = _lock(folder)
         except (ValueError, OSError) as caught:
             error = caught
-    error = processes.gather(error)[0]
+    error = distributed.gather(error)[0]
     if error:
         raise error
     try:
@@ -149,7 +149,7 @@ def _is_running_here(holder: str) -> bool:
     words = holder.split()
     if len(words) < 4 or words[3] != socket.gethostname() or words[1] == str(os.getpid()):
         return False
-    return processes.is_running(words[1])
+    return distributed.is_running(words[1])
 
 
 def _unlock(folder: Path, descriptor: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from detector.backbone import Backbone
 from detector.boxes import to_corners
 from detector.config import GROUPS, ModelConfig
-from detector.dense import DenseTransformer
+from detector.dense_attention import DenseTransformer
 from detector.position_encoding import LearnedEmbedding, SineEmbedding
 from detector.transformer import DeformableTransformer, flatten_levels
 from msda import MSDeformAttn

@@ -26,8 +26,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from detector import processes, saving
-from detector.checkpoints import load_into
+from detector import distributed, run_checkpoints
+from detector.checkpoint_formats import load_into
 from detector.config import Config, RunConfig, TrainConfig
 from detector.data.loading import Batch, start_epoch
 from detector.logs import Log
@@ -117,7 +117,7 @@ class Trainer:
         if config.train.compile:
             self.model.compile()  # in place: names of parameters stay
         self.network: nn.Module = self.model
-        if processes.count() > 1:
+        if distributed.count() > 1:
             self.network = DistributedDataParallel(
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
@@ -125,8 +125,8 @@ class Trainer:
                 find_unused_parameters=not config.model.aux_loss,
             )
         # After the weights, which are the same everywhere: dropout is not.
-        torch.manual_seed(config.train.seed + processes.rank())
-        random.seed(config.train.seed + processes.rank())
+        torch.manual_seed(config.train.seed + distributed.rank())
+        random.seed(config.train.seed + distributed.rank())
 
         self.step = 0  # steps of the optimiser so far
         self.epoch = 0  # epochs finished, evaluation included
@@ -140,14 +140,14 @@ class Trainer:
                 f"accumulate must be at most the number of batches of an epoch, {len(loader)}, "
                 f"got {config.train.accumulate}"
             )
-        self.log = Log(folder, config, run) if processes.rank() == 0 else None
+        self.log = Log(folder, config, run) if distributed.rank() == 0 else None
 
     def describe(self) -> str:
         """One line: what is trained on what."""
         number = sum(p.numel() for group in self.optimizer.param_groups for p in group["params"])
         return (
             f"{number / 1e6:.2f} M parameters, {len(self.dataset)} images, "
-            f"{self.steps_per_epoch} steps per epoch, {processes.count()} x {self.device}; "
+            f"{self.steps_per_epoch} steps per epoch, {distributed.count()} x {self.device}; "
             f"results in {self.folder}"
         )
 
@@ -160,7 +160,7 @@ class Trainer:
             "ema": self.average.module.state_dict() if self.average else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "random": processes.gather(saving.random_state()),
+            "random": distributed.gather(run_checkpoints.random_state()),
             "epoch": self.epoch,
             "step": self.step,
             "steps_per_epoch": self.steps_per_epoch,
@@ -186,7 +186,7 @@ class Trainer:
             ValueError: it belongs to another model.
         """
         if state["steps_per_epoch"] != self.steps_per_epoch:
-            raise saving.CheckpointError(
+            raise run_checkpoints.CheckpointError(
                 "a run must be resumed with its number of training images and total batch size: "
                 f"{state['steps_per_epoch']} steps per epoch, got {self.steps_per_epoch}; "
                 "--weights starts anew from a checkpoint"
@@ -207,21 +207,23 @@ class Trainer:
             self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.seconds = dict(state["seconds"])
-        if len(state["random"]) == processes.count():  # else they all draw anew
-            saving.restore_random_state(state["random"][processes.rank()])
+        if len(state["random"]) == distributed.count():  # else they all draw anew
+            run_checkpoints.restore_random_state(state["random"][distributed.rank()])
 
     def save(self) -> None:
         """Write ``last.pt``; the one before it becomes ``previous.pt``."""
         state = self.state()
         self._saved_at = time.monotonic()
-        if processes.rank() == 0:
-            saving.save(state, self.folder / saving.LAST, self.folder / saving.PREVIOUS)
+        if distributed.rank() == 0:
+            run_checkpoints.save(
+                state, self.folder / run_checkpoints.LAST, self.folder / run_checkpoints.PREVIOUS
+            )
 
     def _save_if_possible(self) -> None:
         """As ``save``, but a full disk does not end the run: the next time may do."""
         try:
             self.save()
-        except saving.CheckpointError as error:
+        except run_checkpoints.CheckpointError as error:
             tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
 
     # ---- the loop --------------------------------------------------------------------------------
@@ -234,14 +236,14 @@ class Trainer:
         """
         self._started = self._saved_at = time.monotonic()
         epochs = self.config.train.epochs
-        with processes.StopSignals() as self.signals, self._progress_bar() as self.bar:
+        with distributed.StopSignals() as self.signals, self._progress_bar() as self.bar:
             if self.log:
                 self.log.record(
                     "start",
                     self.step,
                     config=self.config.to_dict(),
                     device=str(self.device),
-                    processes=processes.count(),
+                    processes=distributed.count(),
                     torch=torch.__version__,
                 )
             while self.epoch < epochs:
@@ -267,7 +269,7 @@ class Trainer:
             total=self.config.train.epochs * self.steps_per_epoch,
             initial=self.step,
             unit="step",
-            disable=processes.rank() != 0,
+            disable=distributed.rank() != 0,
             dynamic_ncols=True,
             mininterval=0.2 if sys.stderr.isatty() else 30,
         )
@@ -277,7 +279,7 @@ class Trainer:
         done = self.step - self.epoch * self.steps_per_epoch
         accumulate = self.config.train.accumulate
         start_epoch(self.loader, self.epoch, first_batch=done * accumulate)
-        with processes.signals_held_back():
+        with distributed.signals_held_back():
             batches = iter(self.loader)  # starts the processes that load
         meter = _Meter()
         for _ in range(done, self.steps_per_epoch):
@@ -311,7 +313,7 @@ class Trainer:
                 self.scaler.scale(total(losses) / config.accumulate).backward()
             for name, value in values.items():
                 sums[name] += value / config.accumulate
-            sums["images"] += len(images) * processes.count()
+            sums["images"] += len(images) * distributed.count()
         sums["loss"] = sum(value for name, value in sums.items() if name.startswith("loss_"))
         sums["gradient_norm"] = self._update(images)
         self.step += 1
@@ -348,7 +350,7 @@ class Trainer:
         """Why to stop after this step, if so; saves the state when it is time to."""
         now = time.monotonic()
         minutes, since_saved = (now - self._started) / 60, (now - self._saved_at) / 60
-        number, time_is_up, save = processes.largest_of(
+        number, time_is_up, save = distributed.largest_of(
             [
                 int(self.signals.received or 0),
                 int(0 < self.run.max_minutes <= minutes),
@@ -381,8 +383,8 @@ class Trainer:
             self.best = {"AP": metrics["AP"], "epoch": epoch}
             try:
                 weights = self._weights(model) | {"best": self.best}
-                saving.save(weights, self.folder / saving.BEST)
-            except saving.CheckpointError as error:
+                run_checkpoints.save(weights, self.folder / run_checkpoints.BEST)
+            except run_checkpoints.CheckpointError as error:
                 tqdm.write(f"warning: {error}; training goes on", file=sys.stderr)
 
     def _report(self, meter: _Meter) -> None:

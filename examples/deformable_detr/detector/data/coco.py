@@ -31,7 +31,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from detector import processes
+from detector import distributed
 from detector.boxes import to_centres
 from detector.data.annotations import (
     DataError,
@@ -221,7 +221,7 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             )
         )
         lines = content.findings.lines()
-        if lines and processes.rank() == 0:
+        if lines and distributed.rank() == 0:
             logger.warning(
                 "%s: %s", content.path, "\n  ".join(["", *lines] if lines[1:] else lines)
             )
@@ -327,13 +327,13 @@ class CocoDetection(Dataset[tuple[Tensor, dict[str, Tensor]]]):
     def merge_findings(self) -> None:
         """Take over what the other processes found; all of them must call it together."""
         for found in (self.bad_images, self._odd_images):
-            for others in processes.gather(found.clone()):
+            for others in distributed.gather(found.clone()):
                 found |= others
 
     def tell(self) -> None:
         """Report what is odd about images, each kind once; workers leave that to this process."""
         for kind, number in zip(_KINDS, self._first_odd.tolist(), strict=True):
-            if number and kind not in self._told and processes.rank() == 0:
+            if number and kind not in self._told and distributed.rank() == 0:
                 path = self._images / self._names[number - 1]
                 logger.warning("%s: %s; further ones are only counted", path, kind)
                 self._told.add(kind)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from detector import processes
+from detector import distributed
 from detector.data.coco import CocoDetection
 
 Target = dict[str, Tensor]
@@ -154,7 +154,7 @@ def make_loader(
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=num_workers,
-        worker_init_fn=processes.leave_signals_to_parent,
+        worker_init_fn=distributed.leave_signals_to_parent,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # iterating leaves the model's random numbers alone

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detector import files, pickles, saving
+from detector import run_checkpoints, safe_pickle, weight_files
 from detector.backbone import RESNET_BLOCKS
 from detector.config import Config, DataConfig, ModelConfig
 from detector.model import DeformableDETR, build_model
@@ -61,7 +61,7 @@ def read_checkpoint(path: str | Path, option: str = "") -> Checkpoint:
     try:
         if (path / "config.json").is_file():
             return _read_transformers_folder(path)
-        content = files.read(path, option)
+        content = weight_files.read(path, option)
         if isinstance(content.get("format"), int):
             return _read_ours(content)
         state = _weights_in(content)
@@ -109,7 +109,7 @@ def _state_dicts(content: dict[str, Any], depth: int = 3) -> Iterator[State]:
     """Dictionaries with tensors, in which others are under the usual names."""
     if depth > 0:
         for name in _NESTED:
-            yield from _state_dicts(pickles.entries_of(content.get(name)), depth - 1)
+            yield from _state_dicts(safe_pickle.entries_of(content.get(name)), depth - 1)
     if any(isinstance(value, Tensor) for value in content.values()):
         yield content
 
@@ -126,7 +126,7 @@ def _bare(state: dict[Any, Any]) -> State:
 def _kind_of(state: State, content: dict[str, Any]) -> str:
     """What weights of another model are, as far as their names tell."""
     if not state:
-        return f"a file in which no weights are known by name: {files.shortened(content)}"
+        return f"a file in which no weights are known by name: {weight_files.shortened(content)}"
     for key, kind in (
         (
             "transformer.encoder.layers.0.self_attn.in_proj_weight",
@@ -137,12 +137,12 @@ def _kind_of(state: State, content: dict[str, Any]) -> str:
     ):
         if key in state:
             return kind
-    return f"those of another model: {files.shortened(state)}"
+    return f"those of another model: {weight_files.shortened(state)}"
 
 
 def _read_ours(content: dict[str, Any]) -> Checkpoint:
-    if content["format"] != saving.FORMAT:
-        raise ValueError(f"format must be {saving.FORMAT}, got {content['format']}")
+    if content["format"] != run_checkpoints.FORMAT:
+        raise ValueError(f"format must be {run_checkpoints.FORMAT}, got {content['format']}")
     for name in ("model", "config", "categories", "category_ids"):
         if name not in content:
             raise ValueError(f"a checkpoint must hold {name}, got {', '.join(content)}")
@@ -182,7 +182,7 @@ def _read_transformers_folder(folder: Path) -> Checkpoint:
     if weights is None:
         raise ValueError(f"must hold {' or '.join(_WEIGHTS)} beside config.json, got neither")
     try:
-        state = from_transformers(_bare(files.read(weights)))
+        state = from_transformers(_bare(weight_files.read(weights)))
     except ValueError as error:
         raise ValueError(f"{weights.name} in it {error}") from error
     model = config_from_state(state, **settings)
@@ -214,11 +214,11 @@ _ARGUMENTS = {
 
 
 def _settings_of(arguments: Any) -> dict[str, Any]:
-    given = pickles.entries_of(arguments)
+    given = safe_pickle.entries_of(arguments)
     return {
         ours: given[theirs]
         for ours, theirs in _ARGUMENTS.items()
-        if theirs in given and not isinstance(given[theirs], pickles.Unknown)
+        if theirs in given and not isinstance(given[theirs], safe_pickle.Unknown)
     }
 
 
@@ -238,7 +238,7 @@ def config_from_state(state: State, **settings: Any) -> ModelConfig:
         if key not in state:
             raise ValueError(
                 f"a state dict of Deformable DETR must have the key {key}, "
-                f"got {files.shortened(state)}"
+                f"got {weight_files.shortened(state)}"
             )
         return state[key].shape
 
@@ -253,7 +253,7 @@ def config_from_state(state: State, **settings: Any) -> ModelConfig:
         others = [key for key in state if key.startswith("backbone.")]
         raise ValueError(
             f"backbone must be one of {RESNET_BLOCKS}, got {blocks} blocks, in "
-            f"{files.shortened(others) or 'no key'}"
+            f"{weight_files.shortened(others) or 'no key'}"
         )
     found = {
         "backbone": names[blocks],
@@ -328,7 +328,7 @@ def load_into(model: DeformableDETR, state: State, reset_classes: bool = False) 
             if proposals in key and key in state:
                 head[0] = state[key][0]
             state[key] = head
-    problems = files.misfits(own, state)
+    problems = weight_files.misfits(own, state)
     if not problems:
         model.load_state_dict(state)
         return
@@ -339,7 +339,7 @@ def load_into(model: DeformableDETR, state: State, reset_classes: bool = False) 
             "(--reset-classes)"
         )
     raise ValueError(
-        f"the checkpoint does not fit the model: {files.shortened(problems.values(), '; ', 5)}"
+        f"the checkpoint does not fit the model: {weight_files.shortened(problems.values(), '; ', 5)}"
     )
 
 
@@ -476,7 +476,7 @@ def save_ours(path: Path, checkpoint: Checkpoint) -> None:
         "categories": checkpoint.categories,
         "category_ids": checkpoint.category_ids,
     }
-    saving.save(content, path)
+    run_checkpoints.save(content, path)
 
 
 def save_original(path: Path, checkpoint: Checkpoint) -> None:
@@ -485,7 +485,7 @@ def save_original(path: Path, checkpoint: Checkpoint) -> None:
     _check_convertible(config)
     arguments = {theirs: getattr(config, ours) for ours, theirs in _ARGUMENTS.items()}
     content = {"model": checkpoint.state, "args": argparse.Namespace(masks=False, **arguments)}
-    saving.write(content, path)
+    run_checkpoints.write(content, path)
 
 
 def save_transformers(folder: Path, checkpoint: Checkpoint, timm: bool = False) -> None:
@@ -549,7 +549,7 @@ def save_transformers(folder: Path, checkpoint: Checkpoint, timm: bool = False) 
     tensors = {
         key: tensor.clone() for key, tensor in to_transformers(checkpoint.state, timm).items()
     }
-    files.safetensors().save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    weight_files.safetensors().save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def _check_convertible(config: ModelConfig) -> None:

@@ -6,8 +6,8 @@ itself only where that is on a short list of what tensors are made of. Any other
 program's scheduler are then in nobody's way. Where a file asks for a call of anything else, reading
 it ends with :class:`Refused`.
 
-``torch.load(file, pickle_module=detector.pickles, weights_only=False)`` reads by it. What torch has
-of its own for ``weights_only=True`` knows neither other classes nor newer forms of pickles.
+``torch.load(file, pickle_module=detector.safe_pickle, weights_only=False)`` reads by it. What torch
+has of its own for ``weights_only=True`` knows neither other classes nor newer forms of pickles.
 """
 
 from __future__ import annotations

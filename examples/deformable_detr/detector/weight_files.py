@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from detector import pickles, seals
+from detector import checksums, safe_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def read(path: Path, option: str = "") -> dict[str, Any]:
     """Read a file that ``torch.save`` or safetensors wrote, to the CPU.
 
     Objects of other classes than those of tensors and plain data come as
-    :class:`detector.pickles.Unknown`.
+    :class:`detector.safe_pickle.Unknown`.
 
     Args:
         path: of the file.
@@ -107,7 +107,7 @@ def is_whole(path: Path) -> bool:
     """Whether there is such a file of ``torch.save``, undamaged for all that its checksums tell."""
     try:
         with open(path, "rb") as file:
-            sealed = seals.holds(file)
+            sealed = checksums.holds(file)
             if sealed is None:
                 file.seek(0)
                 _contents(file, path)
@@ -137,7 +137,7 @@ def _substitute(path: Path, option: str) -> str | None:
 def _contents(file: BinaryIO, path: Path) -> tuple[Any, bool | None]:
     """What a file holds, and whether its checksum says so; None: it has none."""
     try:
-        start, sealed = file.read(512), seals.holds(file)
+        start, sealed = file.read(512), checksums.holds(file)
     except OSError as error:  # of the disk: it could be opened
         raise Damaged(f"must be a checkpoint, but reading it failed: {error}") from error
     if not start.strip(b"\0"):
@@ -161,8 +161,8 @@ def _contents(file: BinaryIO, path: Path) -> tuple[Any, bool | None]:
 
 def _as_dict(content: Any) -> dict[str, Any]:
     """The entries of a dictionary of any class, or the attributes of an object with weights."""
-    if isinstance(content, pickles.Unknown):
-        entries = pickles.entries_of(content)
+    if isinstance(content, safe_pickle.Unknown):
+        entries = safe_pickle.entries_of(content)
         if entries and "_modules" not in entries:
             return entries
         raise ValueError(
@@ -178,7 +178,7 @@ def _unpickle(file: BinaryIO) -> Any:
     # Torch's own unpickler is not meant by the variable: ours runs nothing either.
     forced = os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
     try:
-        return torch.load(file, map_location="cpu", pickle_module=pickles, weights_only=False)
+        return torch.load(file, map_location="cpu", pickle_module=safe_pickle, weights_only=False)
     finally:
         if forced is not None:
             os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = forced
@@ -187,7 +187,7 @@ def _unpickle(file: BinaryIO) -> Any:
 def _from(read: Any, source: Any) -> Any:
     try:
         return read(source)
-    except pickles.Refused as error:
+    except safe_pickle.Refused as error:
         raise ValueError(
             f"must be a checkpoint, but {error}: nothing of it was run, and it is not read; write "
             "the dictionary of its weights (state_dict()) with the program that it is from"

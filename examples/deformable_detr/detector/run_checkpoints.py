@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from detector import files, processes, seals
+from detector import checksums, distributed, weight_files
 
 FORMAT = 1
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"  # in the folder of a run
@@ -28,7 +28,7 @@ class CheckpointError(RuntimeError):
 
 def save(checkpoint: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """Write a checkpoint of this program; see :func:`write`."""
-    write({"format": FORMAT, files.SEALED: True, **checkpoint}, path, previous)
+    write({"format": FORMAT, weight_files.SEALED: True, **checkpoint}, path, previous)
 
 
 def write(content: dict[str, Any], path: Path, previous: Path | None = None) -> None:
@@ -52,11 +52,11 @@ def write(content: dict[str, Any], path: Path, previous: Path | None = None) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_what_others_left(path.parent)
         with open(unfinished, "wb") as file:
-            sealing = seals.SealingFile(file)
+            sealing = checksums.SealingFile(file)
             torch.save(content, sealing)
             sealing.seal()
             os.fsync(file.fileno())
-        if previous is not None and files.is_whole(path):
+        if previous is not None and weight_files.is_whole(path):
             _keep(path, previous)
         os.replace(unfinished, path)
         _sync_folder(path.parent)
@@ -82,7 +82,7 @@ def _remove_what_others_left(folder: Path) -> None:
     with contextlib.suppress(OSError):  # somebody else's, in a folder of all
         for file in folder.iterdir():
             match = name.fullmatch(file.name)
-            if match and not processes.is_running(match[1]):
+            if match and not distributed.is_running(match[1]):
                 file.unlink(missing_ok=True)
 
 
@@ -125,7 +125,7 @@ def load(path: Path) -> dict[str, Any]:
             weights alone; says what to type.
     """
     try:
-        checkpoint = files.read(path, "--resume")
+        checkpoint = weight_files.read(path, "--resume")
     except (OSError, ValueError, ImportError) as error:
         cause = str(error).removeprefix(f"{path} ")
         raise CheckpointError(f"{path} could not be read: {cause}") from error
