@@ -37,13 +37,15 @@ def decode(layer):
     references = layer["references"]
     if references is not None:
         references = locations_of(references).view(layer["count"], *layer["referenceShape"])
-    kept = layer["kept"]
-    kept = range(layer["total"]) if kept is None else numbers(kept, torch.int32).int().tolist()
+    chosen = layer["chosen"]
+    indices = (
+        range(layer["total"]) if chosen is None else numbers(chosen, torch.int32).int().tolist()
+    )
     return (
         locations_of(layer["locations"]).view(*shape, 2),
         (numbers(layer["weights"]) / 65535).view(shape),
         references,
-        list(kept),
+        list(indices),
     )
 
 

@@ -338,9 +338,8 @@ def load_into(model: DeformableDETR, state: State, reset_classes: bool = False) 
             "fine-tune on the model's classes with new class heads, pass reset_classes=True "
             "(--reset-classes)"
         )
-    raise ValueError(
-        f"the checkpoint does not fit the model: {weight_files.shortened(problems.values(), '; ', 5)}"
-    )
+    listed = weight_files.shortened(problems.values(), "; ", 5)
+    raise ValueError(f"the checkpoint does not fit the model: {listed}")
 
 
 # ---- the names of transformers -------------------------------------------------------------------
