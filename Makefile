@@ -1,21 +1,22 @@
-# The commands of the README. Each works alone, from a fresh clone.
+# The commands of README.md and CONTRIBUTING.md. Each works alone, from a fresh clone.
 #
 #   make demo        build, then train the detector of examples/ on digits, evaluate it and draw its work
 #   make quickstart  build, then train one encoder layer on a real photograph, and draw where it looks
 #   make test        build, then run the whole test suite; SUBJECT=operator: that folder of tests/ alone,
 #                    MARK=executor: the tests that run the CUDA kernels on the CPU alone
-#   make bench       build, then run every benchmark, but for the next (an hour); docs/benchmarks.md says how its
+#   make bench       build, then run all benchmarks but convergence (an hour); docs/benchmarks.md says how its
 #                    records become the pages' figures
 #   make convergence build, then compare training with deformable and dense attention (an hour)
 #   make bench-check build, then hold speed against the committed ratios (two minutes)
 #   make fuzz        build, then try to break the operator with random and hostile calls: MINUTES=1
-#   make sanitize    the same under address, undefined-behaviour and thread sanitizers, and tests
+#   make sanitize    the same, and tests, under address, undefined-behaviour and thread sanitizers
 #   make arm         the CPU kernels compiled for 64-bit Arm, run by qemu on random problems
-#   make reliability the three for as long as the README's table says, and write its files (40 minutes)
+#   make reliability fuzz, sanitize and arm for as long as the README's table says, and write its files (40 minutes)
 #   make gpu         on a machine with a CUDA device: build for it, test, measure, compute-sanitizer
 #   make docs        the documentation as a site, in build/docs (a minute; needs neither torch nor a compiler)
 #   make lint        check format, style and types
-#   make machine-code  compile the CUDA kernels for sm_90 and hold the machine code against the budget
+#   make executor    build the native programs that tests use: executor, fuzzer, runtimes
+#   make machine-code  (needs nvcc) compile the CUDA kernels for sm_90 and hold the machine code against the budget
 #   make memory-traffic  count what the CUDA kernels ask of memory, on the CPU, and hold it against its budget
 #   make wheel       the wheel of a release, with CUDA kernels for every GPU (ten minutes; ARCH=aarch64: Arm's)
 #   make abi         try a wheel under other versions of torch and Python (downloads gigabytes): WHEEL=file
@@ -85,8 +86,8 @@ OPENVINO_CMAKE := from importlib.util import find_spec as find; from pathlib imp
   print(Path(find('openvino').origin).parent / 'cmake' if find('openvino') else '')
 MSDA_ONNXRUNTIME_INCLUDE ?=
 
-# What the tests run without torch: the CUDA kernels on the CPU, the CPU kernels on random problems, and
-# the operator for other runtimes.
+# The native programs that tests use: the CUDA kernels on the CPU, the CPU kernels on random problems,
+# and the operator for other runtimes.
 executor: build/installed.stamp
 	$(FOR_THIS_MACHINE) cmake -S . -B $(MSDA_BUILD_DIR) -DMSDA_CUDA_EXECUTOR=ON -DMSDA_FUZZ=ON \
 	  -DOpenVINO_DIR="$$($(RUN) -c "$(OPENVINO_CMAKE)")" \

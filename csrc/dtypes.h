@@ -9,6 +9,9 @@
 //   cuda/vec.cuh       widen() and narrow() of one number, a case in with_element_type
 //   CMakeLists.txt     cuda_value_types, for CUDA kernels whose value is of it
 //   msda/dtypes.py     the list that Python's checks are made from; msda/testing.py: its tolerance
+//   msda/numpy.py      its NumPy type; msda/onnx.py, msda/openvino.py where the runtimes have it
+//   tests/fuzz         its rounding, get() and put() in numbers.h, its draw in case.cpp
+//   tests/cuda/executor/module.cpp  its NumPy type
 // A switch over DType or Type that lacks it does not compile (-Werror=switch), and
 // tests/operator/test_arguments.py compares the lists of C++ and Python.
 

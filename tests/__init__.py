@@ -1,7 +1,7 @@
-"""The tests, a folder for each subject; the file says in its first line what it holds.
+"""The tests, a folder for each subject; each file's first line says what it holds.
 
     operator      what the operator computes, on every device, and how PyTorch sees it
-    cuda          the CUDA kernels run on the CPU, their machine code, and what they ask of memory
+    cuda          the CUDA kernels on a CPU and on a GPU, their machine code and memory accesses
     integrations  models and runtimes of others that call the operator
     detector      the detector of examples/deformable_detr
     plot          pictures and pages of msda.plot

@@ -2,8 +2,10 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -25,15 +27,23 @@ struct Rounding {
 
 inline Rounding rounding_of(DType dtype) {
   switch (dtype) {
+    case DType::kFloat32:
+      return {0x1p-24, 0x1p-126, 0x1.fffffep127};
     case DType::kFloat64:
       return {0x1p-53, 0x1p-1022, 0x1.fffffffffffffp1023};
     case DType::kFloat16:
       return {0x1p-11, 0x1p-24, 65504};
     case DType::kBFloat16:
       return {0x1p-8, 0x1p-126, 0x1.fep127};
-    default:
-      return {0x1p-24, 0x1p-126, 0x1.fffffep127};
   }
+  std::abort();
+}
+
+template <class T>
+T read(const void* address) {
+  T number;
+  std::memcpy(&number, address, sizeof(T));
+  return number;
 }
 
 inline double decode_half(uint16_t bits) {
@@ -46,64 +56,64 @@ inline double decode_half(uint16_t bits) {
 
 inline double decode_bfloat16(uint16_t bits) {
   const uint32_t wide = uint32_t(bits) << 16;
-  float number;
-  std::memcpy(&number, &wide, 4);
-  return number;
+  return read<float>(&wide);
 }
 
 // Element `index` of an array, which need not be aligned.
 inline double get(DType dtype, const void* array, int64_t index) {
   const char* const p = static_cast<const char*>(array) + index * element_size(dtype);
-  if (dtype == DType::kFloat64) {
-    double number;
-    std::memcpy(&number, p, 8);
-    return number;
-  }
-  if (dtype == DType::kFloat32) {
-    float number;
-    std::memcpy(&number, p, 4);
-    return number;
-  }
-  uint16_t bits;
-  std::memcpy(&bits, p, 2);
-  if (dtype == DType::kBFloat16) return decode_bfloat16(bits);
   static const std::vector<double> halves = [] {
     std::vector<double> all(1 << 16);
     for (int i = 0; i < 1 << 16; ++i) all[i] = decode_half(uint16_t(i));
     return all;
   }();
-  return halves[bits];
+  switch (dtype) {
+    case DType::kFloat32:
+      return read<float>(p);
+    case DType::kFloat64:
+      return read<double>(p);
+    case DType::kFloat16:
+      return halves[read<uint16_t>(p)];
+    case DType::kBFloat16:
+      return decode_bfloat16(read<uint16_t>(p));
+  }
+  std::abort();
+}
+
+inline uint16_t encode_half(double number) {
+  const double magnitude = std::fabs(number);
+  int exponent;
+  const double mantissa = std::frexp(magnitude, &exponent);  // in [1/2, 1)
+  const uint16_t bits = std::isnan(number)    ? 0x7e00
+                        : magnitude >= 0x1p16 ? 0x7c00
+                        : magnitude < 0x1p-14
+                            ? uint16_t(magnitude * 0x1p24)
+                            : uint16_t((exponent + 14) * 1024 + int((2 * mantissa - 1) * 1024));
+  return std::signbit(number) ? bits | 0x8000 : bits;
 }
 
 // 16 bits are cut off, not rounded: what is stored is what counts.
 inline void put(DType dtype, void* array, int64_t index, double number) {
   char* const p = static_cast<char*>(array) + index * element_size(dtype);
   const float single = float(number);
-  uint16_t bits;
-  if (dtype == DType::kFloat64) {
-    std::memcpy(p, &number, 8);
-    return;
+  switch (dtype) {
+    case DType::kFloat32:
+      std::memcpy(p, &single, 4);
+      return;
+    case DType::kFloat64:
+      std::memcpy(p, &number, 8);
+      return;
+    case DType::kFloat16: {
+      const uint16_t bits = encode_half(number);
+      std::memcpy(p, &bits, 2);
+      return;
+    }
+    case DType::kBFloat16: {
+      const uint16_t bits = uint16_t(read<uint32_t>(&single) >> 16);
+      std::memcpy(p, &bits, 2);
+      return;
+    }
   }
-  if (dtype == DType::kFloat32) {
-    std::memcpy(p, &single, 4);
-    return;
-  }
-  if (dtype == DType::kBFloat16) {
-    uint32_t wide;
-    std::memcpy(&wide, &single, 4);
-    bits = uint16_t(wide >> 16);
-  } else {
-    const double magnitude = std::fabs(number);
-    int exponent;
-    const double mantissa = std::frexp(magnitude, &exponent);  // in [1/2, 1)
-    bits = std::isnan(number)    ? 0x7e00
-           : magnitude >= 0x1p16 ? 0x7c00
-           : magnitude < 0x1p-14
-               ? uint16_t(magnitude * 0x1p24)
-               : uint16_t((exponent + 14) * 1024 + int((2 * mantissa - 1) * 1024));
-    if (std::signbit(number)) bits |= 0x8000;
-  }
-  std::memcpy(p, &bits, 2);
 }
 
 }  // namespace fuzz

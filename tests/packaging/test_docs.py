@@ -39,7 +39,6 @@ INTERNAL = {
     "integrations",
     "modules",
     "ops",
-    "page",
     "patching",
     "testing",
     "torch-universal",
