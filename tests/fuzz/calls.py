@@ -254,9 +254,9 @@ def call_operators(case: Case) -> tuple[Tensor, dict[str, Tensor]]:
     output = forward(*arguments)
     needs = [name in case.names for name in names]
     if fused:
-        gradients = ops.ms_deform_attn_fused_backward(case.grad_output, output, *arguments, *needs)
+        gradients = ops._ms_deform_attn_fused_backward(case.grad_output, output, *arguments, *needs)
     else:
-        gradients = ops.ms_deform_attn_backward(case.grad_output, *arguments, *needs)
+        gradients = ops._ms_deform_attn_backward(case.grad_output, *arguments, *needs)
     found = dict(zip(names, gradients, strict=True))
     for name in names:
         if name not in case.names and found[name].numel() > 0:
