@@ -36,8 +36,8 @@ def output_of(*command: str) -> str:
 
 def commit() -> str:
     """The commit of this checkout, marked where files differ from it; MSDA_COMMIT where given."""
-    told = os.environ.get("MSDA_COMMIT")
-    return told or output_of("git", "describe", "--always", "--dirty") or "unknown"
+    named = os.environ.get("MSDA_COMMIT")
+    return named or output_of("git", "describe", "--always", "--dirty") or "unknown"
 
 
 def cpu_name() -> str:
@@ -45,10 +45,10 @@ def cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = [line.split(":", 1) for line in cpuinfo.read_text().splitlines() if ":" in line]
-        told = {name.strip(): text.strip() for name, text in reversed(lines)}
-        if "model name" in told and "model" in told:
-            numbers = f"family {told.get('cpu family')}, model {told['model']}"
-            return f"{told['model name']} ({numbers})"
+        fields = {name.strip(): text.strip() for name, text in reversed(lines)}
+        if "model name" in fields and "model" in fields:
+            numbers = f"family {fields.get('cpu family')}, model {fields['model']}"
+            return f"{fields['model name']} ({numbers})"
     return platform.processor() or platform.machine()
 
 

@@ -1,7 +1,7 @@
 """Other implementations of the operator, found by name or file and called through one face.
 
 A peer is named by anything that can be imported (``mmcv._ext``), by a Python file, or by a compiled
-library; what it is, is told by what it holds:
+library. Its contents tell which kind it is:
 
 - ``ms_deform_attn_forward`` and ``ms_deform_attn_backward``: the original compiled operator and its
   copies (Grounding DINO, detrex, the Hugging Face hub kernel; mmcv, whose backward fills gradients

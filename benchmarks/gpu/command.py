@@ -157,18 +157,18 @@ def results_folder(options: argparse.Namespace) -> Path:
 
 
 def build_environment(device: str, found_capability: str) -> dict[str, str]:
-    """What the build is told: CUDA or not, and for which GPU unless the caller said which."""
-    told = {
+    """Variables of the build: CUDA or not, and for which GPU unless the caller said which."""
+    variables = {
         "MSDA_CUDA": "1" if device == "cuda" else "0",
         # A folder of its own: CMake keeps earlier answers.
         "MSDA_BUILD_DIR": str(ROOT / "build" / f"gpu-{device}"),
     }
     if device == "cuda" and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        told["TORCH_CUDA_ARCH_LIST"] = found_capability
+        variables["TORCH_CUDA_ARCH_LIST"] = found_capability
     nvcc = find_tool("nvcc")
     if device == "cuda" and nvcc is not None and not os.environ.get("CUDACXX"):
-        told["CUDACXX"] = nvcc
-    return told
+        variables["CUDACXX"] = nvcc
+    return variables
 
 
 def require_setuptools() -> None:
@@ -182,11 +182,11 @@ def build(options: argparse.Namespace) -> int:
     """Install this checkout, editable, and run each form of the kernels once."""
     deadline = Deadline(options.minutes)
     require_setuptools()
-    told = build_environment(options.device, capability() if options.device == "cuda" else "")
-    print("with", *(f"{name}={text}" for name, text in told.items()))
+    variables = build_environment(options.device, capability() if options.device == "cuda" else "")
+    print("with", *(f"{name}={text}" for name, text in variables.items()))
     install = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e"]
     start = time.monotonic()
-    if run([*install, str(ROOT)], deadline.left(), env=environment(**told)) != 0:
+    if run([*install, str(ROOT)], deadline.left(), env=environment(**variables)) != 0:
         return 1
     print(f"built in {time.monotonic() - start:.0f} s")
     about = [sys.executable, "-m", "msda.info"]
@@ -410,14 +410,14 @@ def watch(
     forms = [*EVERY_FORM, "--device", "cuda"]
     if options.quick:
         forms += ["--limit", "4"]
-    told = {
+    variables = {
         "MSDA_BACKEND": "native",
         "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # every tensor a block of its own: bounds are exact
     }
     command = sanitizer_command(sanitizer, tool, log, help_text) + forms
     seen: dict[str, Any] = {"status": "", "errors": None, "cases": 0, "all_cases": 0}
     left = limit - (time.monotonic() - start)
-    with started(command, left, env=environment(**told), stdout=subprocess.PIPE) as child:
+    with started(command, left, env=environment(**variables), stdout=subprocess.PIPE) as child:
         assert child.process.stdout is not None
         for line in child.process.stdout:
             if line.startswith("case "):

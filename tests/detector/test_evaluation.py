@@ -15,23 +15,13 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from detector import evaluation, run_checkpoints
-from detector.config import PRESETS
 from detector.data import build_dataset
 from detector.data.loading import make_loader
 from detector.data.shapes import CATEGORIES, EASY, make_shapes
 from detector.evaluation import average_precision, evaluate, ground_truth, table
 from detector.model import build_model
+from tests.detector.small_runs import SMALL
 
-CONFIG = PRESETS["shapes-easy"].replace(
-    dataset="coco",
-    num_classes=6,
-    hidden_dim=32,
-    num_heads=2,
-    num_encoder_layers=1,
-    feedforward_dim=32,
-    num_queries=10,
-    num_workers=0,
-)
 FASTER = (faster_coco_eval.COCO, faster_coco_eval.COCOeval_faster)
 
 
@@ -93,7 +83,7 @@ def truth_of(boxes, categories=(1, 2), **fields):
 @pytest.mark.parametrize("short_side", [0, 120])
 @pytest.mark.parametrize("label_ids", ["contiguous", "category"])
 def test_what_is_there_has_a_precision_of_one(shapes, short_side, label_ids):
-    data = replace(CONFIG.data, data_path=str(shapes), label_ids=label_ids)
+    data = replace(SMALL.data, data_path=str(shapes), label_ids=label_ids)
     dataset = build_dataset(replace(data, short_sides=(short_side,)), "val")
     model = Oracle(dataset).train()
     results = run(model, dataset, areas=(20, 30))
@@ -242,7 +232,7 @@ def test_an_unreadable_image_counts_as_one_without_detections(shapes, tmp_path):
         (folder / split).mkdir(parents=True)
         for path in (shapes / split).iterdir():
             (folder / split / path.name).write_bytes(path.read_bytes())
-    dataset = build_dataset(replace(CONFIG.data, data_path=str(folder)), "val")
+    dataset = build_dataset(replace(SMALL.data, data_path=str(folder)), "val")
     oracle = Oracle(dataset)
     (folder / "valid/000003.png").write_bytes(b"not a picture")
     results = run(oracle, dataset)
@@ -257,14 +247,14 @@ def ground_truth_images(dataset):
 
 
 def test_classes_that_the_data_lacks_are_left_out(shapes):
-    data = replace(CONFIG.data, data_path=str(shapes), label_ids="category")
+    data = replace(SMALL.data, data_path=str(shapes), label_ids="category")
     dataset = build_dataset(data, "val")
     model = Oracle(dataset, num_classes=91)
     assert run(model, dataset)["AP"] == pytest.approx(1)
 
 
 def test_results_hold_categories_of_the_data_alone(shapes, tmp_path):
-    data = replace(CONFIG.data, data_path=str(shapes), label_ids="category")
+    data = replace(SMALL.data, data_path=str(shapes), label_ids="category")
     names = {0: "disc", 2: "triangle", 5: "diamond"}
     for split in ("train", "valid"):
         (tmp_path / split).mkdir()
@@ -288,7 +278,7 @@ def test_results_hold_categories_of_the_data_alone(shapes, tmp_path):
 def evaluate_share(rank, folder, port, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://localhost:{port}", rank=rank, world_size=2)
-    dataset = build_dataset(replace(CONFIG.data, data_path=str(folder)), "val")
+    dataset = build_dataset(replace(SMALL.data, data_path=str(folder)), "val")
     loader = make_loader(dataset, 2, rank=rank, world_size=2)
     dataset._leave_out(7 + rank, "what each process finds alone")
     found = evaluate(Oracle(dataset, rank, 2), loader, dataset, "cpu")
@@ -302,7 +292,7 @@ def test_several_processes_get_the_results_of_one(shapes, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     mp.spawn(evaluate_share, (shapes, port, tmp_path), nprocs=2)
-    dataset = build_dataset(replace(CONFIG.data, data_path=str(shapes)), "val")
+    dataset = build_dataset(replace(SMALL.data, data_path=str(shapes)), "val")
     oracle = Oracle(dataset)
     dataset.bad_images[7:9] = True
     expected = run(oracle, dataset)
@@ -312,7 +302,7 @@ def test_several_processes_get_the_results_of_one(shapes, tmp_path):
 
 
 def test_the_table_shows_every_class(shapes):
-    dataset = build_dataset(replace(CONFIG.data, data_path=str(shapes)), "val")
+    dataset = build_dataset(replace(SMALL.data, data_path=str(shapes)), "val")
     lines = table(run(Oracle(dataset), dataset)).splitlines()
     assert lines[0].startswith("AP 100.0  AP50 100.0  AP75 100.0  AP_small")
     for name in CATEGORIES:
@@ -327,7 +317,7 @@ def test_the_table_shows_every_class(shapes):
 def checkpoint(shapes, tmp_path_factory):
     """File of a model with random weights, trained on ``shapes`` as it says."""
     path = tmp_path_factory.mktemp("checkpoint") / "best.pt"
-    config = CONFIG.replace(data_path=str(shapes))
+    config = SMALL.replace(data_path=str(shapes))
     contents = {
         "model": build_model(config.model).state_dict(),
         "config": config.to_dict(),
@@ -395,7 +385,7 @@ def test_a_missing_or_damaged_checkpoint_is_named(tmp_path, capsys):
 
 def test_data_with_more_classes_than_the_model_is_refused(checkpoint, tmp_path, shapes, capsys):
     contents = torch.load(checkpoint, weights_only=True)
-    few = CONFIG.replace(num_classes=3, data_path=str(shapes), label_ids="category")
+    few = SMALL.replace(num_classes=3, data_path=str(shapes), label_ids="category")
     contents |= {"model": build_model(few.model).state_dict(), "config": few.to_dict()}
     contents |= {"categories": None, "category_ids": None}
     run_checkpoints.save(contents, tmp_path / "few.pt")

@@ -32,8 +32,8 @@ from msda.testing import (
 # After msda, which is another one where sanitizers run.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.fuzz import seeds
-from tests.fuzz.seeds import Wrong
+from tests.fuzz import seed_runner
+from tests.fuzz.seed_runner import Wrong
 from tests.helpers.inputs import in_float64, to_pixels, with_points
 from tests.helpers.results import compute_gradients
 
@@ -347,4 +347,4 @@ def typical_norm(name: str, expected: Tensor, case: Case) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(seeds.main("tests/fuzz/calls.py", check))
+    sys.exit(seed_runner.main("tests/fuzz/calls.py", check))

@@ -39,8 +39,8 @@ from msda.testing import (
 # After msda, which is another one where sanitizers run.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.fuzz import seeds
-from tests.fuzz.seeds import Wrong
+from tests.fuzz import seed_runner
+from tests.fuzz.seed_runner import Wrong
 from tests.helpers.results import compute_gradients
 
 OUR_REFUSAL = re.compile(r"[a-z_]+ must .+, got .+", re.DOTALL)
@@ -349,4 +349,4 @@ if __name__ == "__main__":
     if "ASAN_OPTIONS" not in os.environ:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     torch.set_num_threads(1)
-    sys.exit(seeds.main("tests/fuzz/hostile.py", check))
+    sys.exit(seed_runner.main("tests/fuzz/hostile.py", check))
