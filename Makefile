@@ -53,7 +53,7 @@ else
 endif
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda/executor tests/cuda/executor/* tests/fuzz \
+FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda/executor tests/cuda/executor/* tests/fuzz tests/operator \
   benchmarks/*, \
   $(foreach kind,h cpp cuh cu,$(folder)/*.$(kind))))
 # What must hold for every instruction set, not only the best one of this machine.

@@ -16,7 +16,7 @@
 #endif
 
 #include "call.h"
-#include "cpu/kernels.h"
+#include "split.h"
 
 namespace msda {
 namespace {
@@ -212,11 +212,10 @@ struct Work {
 
 void run_forward(const Problem& problem, const ForwardOutputs& outputs,
                  const msda_options& options) {
-  const int64_t num_rows = problem.batch * problem.num_heads * problem.num_queries;
-  const int64_t grain = grain_size(work_per_query_and_head(problem));
+  const Loop rows = rows_of(problem);
   const int wanted = options.num_threads > 0 ? options.num_threads : default_threads();
-  const int64_t num_tasks = std::min<int64_t>(wanted, (num_rows + grain - 1) / grain);
-  Work work{problem, outputs, cpu_kernels(), num_rows, num_tasks};
+  const int64_t num_tasks = rows.num_threads(wanted);
+  Work work{problem, outputs, cpu_kernels(), rows.count, num_tasks};
   if (num_tasks == 1) {
     Work::run(&work, 0);
   } else {

@@ -227,18 +227,4 @@ Call<Tensor> fused_call(const Pyramid<Tensor>& pyramid, const Tensor& reference_
   return call;
 }
 
-// ---- threads ------------------------------------------------------------------------------------
-
-// Less work than this, in samples times channels, is not worth a thread: some 70 us of forward,
-// where an encoder of 91 million takes 48 ms on one thread.
-constexpr int64_t kMinWorkPerThread = 1 << 17;
-
-inline int64_t grain_size(int64_t work_per_item) {
-  return std::max<int64_t>(1, kMinWorkPerThread / std::max<int64_t>(1, work_per_item));
-}
-
-inline int64_t work_per_query_and_head(const Problem& problem) {
-  return problem.num_samples * std::max<int64_t>(problem.head_dim, 16);
-}
-
 }  // namespace msda

@@ -76,14 +76,8 @@ inline void read(const ConstArray& array, int64_t offset, int64_t count, Real* t
   });
 }
 
-// Like read(), but without a copy where the array already holds Real. It then need not be aligned.
 template <class Real>
-inline const Real* view(const ConstArray& array, int64_t offset, int64_t count, Real* buffer) {
-  constexpr DType own = std::is_same_v<Real, double> ? DType::kFloat64 : DType::kFloat32;
-  if (array.dtype == own) return static_cast<const Real*>(array.data) + offset;
-  read(array, offset, count, buffer);
-  return buffer;
-}
+constexpr DType dtype_of = std::is_same_v<Real, double> ? DType::kFloat64 : DType::kFloat32;
 
 template <class Real>
 inline void write(const Array& array, int64_t offset, int64_t count, const Real* from) {
@@ -92,6 +86,36 @@ inline void write(const Array& array, int64_t offset, int64_t count, const Real*
     convert(from, static_cast<T*>(array.data) + offset, count);
   });
 }
+
+// Numbers of a query that are read into a buffer one query ahead. They are written in pieces and
+// loaded in vectors; a vector that spans several writes waits until they have reached the cache,
+// and in backward, behind the scattered sums of pixels, that took longer than all else.
+template <class Real>
+class ReadAhead {
+ public:
+  // Holds `size` numbers, at first all `filling`.
+  ReadAhead(int64_t size, Real filling) : size_(size), numbers_(2 * size) {
+    for (int64_t i = 0; i < 2 * size; ++i) numbers_[i] = filling;
+  }
+
+  // The numbers of `query`; read(query, to) reads them. `next` is asked for next, or -1.
+  template <class F>
+  const Real* get(int64_t query, int64_t next, const F& read) {
+    if (query != next_) read(query, other_half());
+    const Real* const numbers = other_half();
+    half_ = size_ - half_;
+    if (next >= 0) read(next, other_half());
+    next_ = next;
+    return numbers;
+  }
+
+ private:
+  Real* other_half() { return numbers_.get() + size_ - half_; }
+
+  const int64_t size_;
+  Buffer<Real> numbers_;
+  int64_t half_ = 0, next_ = -1;
+};
 
 constexpr int64_t kCacheLine = 64;  // bytes
 

@@ -1,8 +1,8 @@
 // Backward on the CPU: all gradients in one pass over the samples. Compiled once per instruction
 // set.
 //
-// grad_value is a scatter: many samples add to one pixel. A task owns one head of one image (or one
-// level of it), so no other thread writes to its pixels, and it visits the queries in order: no
+// grad_value is a scatter: many samples add to one pixel. A task owns one head of one image, or
+// some of its channels, so no other thread writes there, and it visits the queries in order: no
 // atomics, and the same bits for any number of threads.
 
 #include "kernels.h"
@@ -17,15 +17,16 @@ namespace {
 template <class T, bool kPacked>
 using PackedSamples = Samples<acc_t<T>, std::conditional_t<kPacked, index_t<acc_t<T>>, int64_t>>;
 
-// One query and head, kVectors vectors of channels or `channels` lanes of one (kPartial):
-// adds weight * grad_output to the pixels read by forward, and adds to dots[4 * i + c] the product
-// <grad_output, value> of sample i and corner c over these channels.
+// Samples first..last-1, of one query and head; kVectors vectors of channels or
+// `channels` lanes of one (kPartial): adds weight * grad_output to the pixels read by forward, and
+// adds to dots[4 * i + c] the product <grad_output, value> of sample i and corner c over these
+// channels.
 //   value: value[b, 0, m, d:]   grad_output: grad_output[b, q, m * D + d:]
 //   grad_value: the sum's place for key 0, channel d, of the head
 template <class T, bool kPacked, int kVectors, bool kPartial, bool kDots, bool kScatter>
-void backward_channels(const PackedSamples<T, kPacked>& samples, const T* value,
-                       const T* grad_output, int channels, acc_t<T>* grad_value, acc_t<T>* dots,
-                       bool first_channels) {
+void backward_channels(const PackedSamples<T, kPacked>& samples, int64_t first, int64_t last,
+                       const T* value, const T* grad_output, int channels, acc_t<T>* grad_value,
+                       acc_t<T>* dots, bool first_channels) {
   using Real = acc_t<T>;
   // Rows next to each other in both: what differs is how wide a number is.
   constexpr int kGradScale = kPacked ? sizeof(Real) / sizeof(T) : 1;
@@ -36,19 +37,19 @@ void backward_channels(const PackedSamples<T, kPacked>& samples, const T* value,
   }
 
   const auto prepared = samples.prepared();
-  const int64_t count = samples.count();
-  for (int64_t i = 0; i < count; i += kStep) {
-    const int group = int(count - i < kStep ? count - i : kStep);
+  for (int64_t i = first / kStep * kStep; i < last; i += kStep) {
+    const int begin = int(first > i ? first - i : 0);
+    const int end = int(last - i < kStep ? last - i : kStep);
     const auto* const value_offset = prepared.value_offset + kNumCorners * i;
     const auto* const grad_offset =
         kPacked ? value_offset : samples.grad_offset() + kNumCorners * i;
     const Real* const weight = prepared.corner_weight + kNumCorners * i;
     Vec<Real> weights[kNumCorners];
     for (int c = 0; c < kNumCorners; ++c) weights[c] = load(weight + c * kStep);
-    IntVec<Real> index = {};
+    IntVec<Real> index = broadcast(index_t<Real>(begin));
     // So many samples at once that their sums fill a vector: a whole vector that was stored can be
     // loaded before it has reached the cache. Samples past the last do not count.
-    for (int j = 0; j < group; j += kQuads<Real>) {
+    for (int j = begin; j < end; j += kQuads<Real>) {
       Vec<Real> dot[kQuads<Real>][kNumCorners] = {};
       MSDA_UNROLL for (int s = 0; s < kQuads<Real>; ++s, index += 1) {
         MSDA_UNROLL for (int c = 0; c < kNumCorners; ++c) {
@@ -81,134 +82,142 @@ void backward_channels(const PackedSamples<T, kPacked>& samples, const T* value,
 
 // Walks the channels of one query and head in as few passes as the vectors allow.
 template <class T, bool kPacked, bool kDots, bool kScatter>
-void backward_all_channels(const PackedSamples<T, kPacked>& samples, const T* value,
-                           const T* grad_output, int64_t head_dim, acc_t<T>* grad_value,
-                           acc_t<T>* dots) {
+void backward_all_channels(const PackedSamples<T, kPacked>& samples, int64_t first, int64_t last,
+                           const T* value, const T* grad_output, int64_t num_channels,
+                           acc_t<T>* grad_value, acc_t<T>* dots) {
   constexpr int kStep = kLanes<acc_t<T>>;
   const auto run = [&](auto vectors, auto partial, int64_t d) {
     backward_channels<T, kPacked, decltype(vectors)::value, decltype(partial)::value, kDots,
-                      kScatter>(samples, value + d, grad_output + d, int(head_dim - d),
-                                grad_value + (kScatter ? d : 0), dots, d == 0);
+                      kScatter>(samples, first, last, value + d, grad_output + d,
+                                int(num_channels - d), grad_value + (kScatter ? d : 0), dots,
+                                d == 0);
   };
   constexpr std::bool_constant<false> whole;
   constexpr std::bool_constant<true> partial;
   int64_t d = 0;
-  for (; d + 4 * kStep <= head_dim; d += 4 * kStep) run(std::integral_constant<int, 4>(), whole, d);
-  for (; d + 2 * kStep <= head_dim; d += 2 * kStep) run(std::integral_constant<int, 2>(), whole, d);
-  for (; d + kStep <= head_dim; d += kStep) run(std::integral_constant<int, 1>(), whole, d);
-  if (d < head_dim) run(std::integral_constant<int, 1>(), partial, d);
+  for (; d + 4 * kStep <= num_channels; d += 4 * kStep)
+    run(std::integral_constant<int, 4>(), whole, d);
+  for (; d + 2 * kStep <= num_channels; d += 2 * kStep)
+    run(std::integral_constant<int, 2>(), whole, d);
+  for (; d + kStep <= num_channels; d += kStep) run(std::integral_constant<int, 1>(), whole, d);
+  if (d < num_channels) run(std::integral_constant<int, 1>(), partial, d);
 }
 
-// The gradients of levels first_level to last_level - 1 of one head of one image after the other.
+// The gradients of one head of one image after the other; or, where sums_in_place(), of num_heads
+// heads next to each other together.
 template <class T, bool kPacked>
 class Backward {
  public:
   using Real = acc_t<T>;
 
-  // has_all_levels: the gradients of a softmax can be completed.
+  // Some queries, and some channels of grad_value: all of them where other gradients are wanted.
+  struct Part {
+    int64_t first_query, last_query, first_channel, last_channel;
+  };
+
   Backward(const Problem& problem, const BackwardInputs& inputs, const BackwardOutputs& outputs,
-           int64_t first_level, int64_t last_level, bool has_all_levels)
+           int64_t num_heads)
       : problem_(problem),
         inputs_(inputs),
         outputs_(outputs),
-        has_all_levels_(has_all_levels),
-        first_key_(problem.levels[first_level].start),
-        num_keys_(problem.levels[last_level - 1].start +
-                  problem.levels[last_level - 1].height * problem.levels[last_level - 1].width -
-                  first_key_),
-        num_sums_(outputs.grad_value.is_wanted && !sums_in_place(problem) ? num_keys_ : 0),
-        samples_(problem, first_level, last_level, 1, true),
+        num_heads_(num_heads),
+        has_sums_(outputs.grad_value.is_wanted && !sums_in_place(problem)),
+        samples_(problem, num_heads, true),
         dots_(4 * samples_.padded()),
         points_(2 * samples_.padded()),
         weights_(samples_.padded()),
-        copy_(problem, first_key_, kPacked ? num_keys_ : 0),
-        sums_((num_sums_ + 1) * problem.head_dim) {
+        copy_(problem, kPacked && wants_dots()),
+        spare_row_(problem.head_dim),
+        sums_(has_sums_ ? (problem.num_keys + 1) * problem.head_dim : 0) {
     std::memset(dots_.get(), 0, 4 * samples_.padded() * sizeof(Real));
-    std::memset(spare_row(), 0, problem.head_dim * sizeof(Real));
+    std::memset(spare_row_.get(), 0, problem.head_dim * sizeof(Real));
   }
 
-  // Head m of image b.
-  void run(int64_t b, int64_t m) {
+  // Head m of image b, and those after it that are walked together.
+  void run(int64_t b, int64_t m, const Part& part) {
     const int64_t M = problem_.num_heads, D = problem_.head_dim;
-    // value[b, 0, m, :]
-    const T* value =
-        static_cast<const T*>(problem_.value.data) + (b * problem_.num_keys * M + m) * D;
-    Rows value_rows{M * D * int64_t(sizeof(T)), 0, distance(value, copy_.get())};
+    const int64_t first_element = b * problem_.num_keys * M * D + m * D + part.first_channel;
+    const int64_t channels = part.last_channel - part.first_channel;
+    const T* value = static_cast<const T*>(problem_.value.data) + first_element;
+    Rows value_rows{M * D * int64_t(sizeof(T)), distance(value, copy_.get())};
     if (kPacked) {
-      copy_.read(b, m);
+      if (wants_dots()) copy_.read(b, m);
       value = copy_.get();
-      value_rows = copy_.rows();
+      value_rows = packed_rows(problem_, channels * int64_t(sizeof(T)));
     }
     // The sums of the pixels' gradients: in place, or next to each other.
     Real* grad_value = nullptr;
     Rows grad_rows{};
-    if (num_sums_ > 0) {
-      std::memset(sums_.get(), 0, num_sums_ * D * sizeof(Real));
+    if (has_sums_) {
+      std::memset(sums_.get(), 0, (problem_.num_keys + 1) * channels * sizeof(Real));
       grad_value = sums_.get();
-      grad_rows = {D * int64_t(sizeof(Real)), first_key_, distance(grad_value, spare_row())};
+      grad_rows = packed_rows(problem_, channels * int64_t(sizeof(Real)));
     } else if (outputs_.grad_value.is_wanted) {
-      grad_value =
-          static_cast<Real*>(outputs_.grad_value.data) + (b * problem_.num_keys * M + m) * D;
-      grad_rows = {M * D * int64_t(sizeof(Real)), 0, distance(grad_value, spare_row())};
+      grad_value = static_cast<Real*>(outputs_.grad_value.data) + first_element;
+      grad_rows = {M * D * int64_t(sizeof(Real)), distance(grad_value, spare_row_.get())};
     }
-    for (int64_t q = 0; q < problem_.num_queries; ++q) {
+    const bool has_grad_rows = !kPacked && outputs_.grad_value.is_wanted;
+    for (int64_t q = part.first_query; q < part.last_query; ++q) {
       samples_.set_query(b, q);
-      const bool has_grad_rows = !kPacked && outputs_.grad_value.is_wanted;
       samples_.prepare(b, q, m, value_rows, has_grad_rows ? &grad_rows : nullptr);
-      query(b, q, m, value, grad_value);
+      query((b * problem_.num_queries + q) * M + m, part, value, grad_value);
     }
-    if (num_sums_ > 0) write_sums(b, m);
+    if (has_sums_) {
+      T* const to = static_cast<T*>(outputs_.grad_value.data) + first_element;
+      for (int64_t key = 0; key < problem_.num_keys; ++key) {
+        convert(sums_.get() + key * channels, to + key * M * D, channels);
+      }
+    }
   }
 
  private:
-  // A row past the sums: the kernels add there what must reach no pixel, and nobody reads it.
-  Real* spare_row() { return sums_.get() + num_sums_ * problem_.head_dim; }
-
-  void write_sums(int64_t b, int64_t m) {
-    const int64_t M = problem_.num_heads, D = problem_.head_dim;
-    T* const grad_value = static_cast<T*>(outputs_.grad_value.data) +
-                          ((b * problem_.num_keys + first_key_) * M + m) * D;
-    for (int64_t key = 0; key < num_keys_; ++key) {
-      convert(sums_.get() + key * D, grad_value + key * M * D, D);
-    }
-  }
-
-  void query(int64_t b, int64_t q, int64_t m, const T* value, Real* grad_value) {
+  // The heads that were prepared; the first one is first_head = (b * Q + q) * M + m.
+  void query(int64_t first_head, const Part& part, const T* value, Real* grad_value) {
     const int64_t D = problem_.head_dim;
-    const int64_t head = (b * problem_.num_queries + q) * problem_.num_heads + m;
-    const T* const grad_output = static_cast<const T*>(inputs_.grad_output.data) + head * D;
-    prefetch_next(head + rows_ahead(problem_));
-    const bool wants_dots = outputs_.grad_points.is_wanted || outputs_.grad_weights.is_wanted;
-    const auto run = [&](auto with_dots, auto with_scatter) {
-      backward_all_channels<T, kPacked, decltype(with_dots)::value, decltype(with_scatter)::value>(
-          samples_, value, grad_output, D, grad_value, dots_.get());
-    };
-    constexpr std::bool_constant<false> no;
-    constexpr std::bool_constant<true> yes;
-    const bool wants_value = outputs_.grad_value.is_wanted;
-    if (wants_dots && wants_value) {
-      run(yes, yes);
-    } else if (wants_dots) {
-      run(yes, no);
-    } else if (wants_value) {
-      run(no, yes);
+    const auto* const grad_output =
+        static_cast<const T*>(inputs_.grad_output.data) + first_head * D + part.first_channel;
+    prefetch_next(first_head + rows_ahead(problem_));
+    for (int64_t head = 0; head < num_heads_; ++head) {
+      const auto run = [&](auto with_dots, auto with_scatter) {
+        const int64_t first = head * samples_.stride();
+        backward_all_channels<T, kPacked, decltype(with_dots)::value,
+                              decltype(with_scatter)::value>(
+            samples_, first, first + problem_.num_samples, value, grad_output + head * D,
+            part.last_channel - part.first_channel, grad_value, dots_.get());
+      };
+      constexpr std::bool_constant<false> no;
+      constexpr std::bool_constant<true> yes;
+      if (!outputs_.grad_value.is_wanted) {
+        run(yes, no);
+      } else if (wants_dots()) {
+        run(yes, yes);
+      } else {
+        run(no, yes);
+      }
     }
-    if (wants_dots) write_sample_gradients(head);
+    if (wants_dots()) write_sample_gradients(first_head);
   }
 
-  void prefetch_next(int64_t head) {
-    const int64_t D = problem_.head_dim, samples = head * problem_.num_samples + samples_.begin();
-    prefetch<false>(inputs_.grad_output, head * D, D);
+  // Of the gradients of points and weights.
+  bool wants_dots() const {
+    return outputs_.grad_points.is_wanted || outputs_.grad_weights.is_wanted;
+  }
+
+  void prefetch_next(int64_t first_head) {
+    const int64_t width = num_heads_ * problem_.head_dim;
+    const int64_t samples = first_head * problem_.num_samples;
+    const int64_t count = num_heads_ * problem_.num_samples;
+    prefetch<false>(inputs_.grad_output, first_head * problem_.head_dim, width);
     if (outputs_.grad_points.is_wanted) {
-      prefetch<true>(outputs_.grad_points, 2 * samples, 2 * samples_.count());
+      prefetch<true>(outputs_.grad_points, 2 * samples, 2 * count);
     }
     if (outputs_.grad_weights.is_wanted) {
-      prefetch<true>(outputs_.grad_weights, samples, samples_.count());
+      prefetch<true>(outputs_.grad_weights, samples, count);
     }
   }
 
   // The gradients of points and weights, each of which belongs to one sample alone.
-  void write_sample_gradients(int64_t head) {
+  void write_sample_gradients(int64_t first_head) {
     const bool in_pixels = outputs_.grad_reference_points.is_wanted;
     for (int64_t i = 0; i < samples_.padded(); i += kLanes<Real>) {
       Corners<Vec<Real>> dot;
@@ -236,58 +245,71 @@ class Backward {
       store_pairs(points_.get() + 2 * i, grad_x, grad_y);
       store(weights_.get() + i, gradient.sample);
     }
-    const int64_t first_sample = head * problem_.num_samples + samples_.begin();
-    if (outputs_.grad_points.is_wanted) {
-      write(outputs_.grad_points, 2 * first_sample, 2 * samples_.count(), points_.get());
-    }
-    if (outputs_.grad_weights.is_wanted) {
-      if (problem_.is_fused && has_all_levels_) {
-        softmax_backward(samples_.weights(), weights_.get(), samples_.count());
+    const int64_t K = problem_.num_samples;
+    for (int64_t head = 0; head < num_heads_; ++head) {
+      const int64_t i = head * samples_.stride();
+      const int64_t first_sample = (first_head + head) * K;
+      if (outputs_.grad_points.is_wanted) {
+        write(outputs_.grad_points, 2 * first_sample, 2 * K, points_.get() + 2 * i);
       }
-      write(outputs_.grad_weights, first_sample, samples_.count(), weights_.get());
+      if (outputs_.grad_weights.is_wanted) {
+        if (problem_.is_fused) softmax_backward(samples_.weights() + i, weights_.get() + i, K);
+        write(outputs_.grad_weights, first_sample, K, weights_.get() + i);
+      }
     }
   }
 
   const Problem& problem_;
   const BackwardInputs& inputs_;
   const BackwardOutputs& outputs_;
-  const bool has_all_levels_;
-  const int64_t first_key_, num_keys_;  // of the levels
-  const int64_t num_sums_;              // as many, or 0 where grad_value is summed in place
+  const int64_t num_heads_;
+  const bool has_sums_;  // else grad_value is summed in place, or not wanted
   PackedSamples<T, kPacked> samples_;
   Buffer<Real> dots_, points_, weights_;
   HeadRows<T> copy_;
+  // What must reach no pixel is added there, or past the sums, and nobody reads it.
+  Buffer<Real> spare_row_;
   Buffer<Real> sums_;
 };
 
 template <class T, bool kPacked>
-void backward_tasks(const Problem& problem, const BackwardInputs& inputs,
-                    const BackwardOutputs& outputs, bool by_level, int64_t first, int64_t last) {
-  const int64_t M = problem.num_heads, L = problem.num_levels;
-  if (by_level) {
-    for (int64_t task = first; task < last; ++task) {
-      const int64_t l = task % L, head = task / L;
-      Backward<T, kPacked>(problem, inputs, outputs, l, l + 1, false).run(head / M, head % M);
-    }
+void backward_heads(const Problem& problem, const BackwardInputs& inputs,
+                    const BackwardOutputs& outputs, int64_t first, int64_t last) {
+  const int64_t M = problem.num_heads;
+  const typename Backward<T, kPacked>::Part all{0, problem.num_queries, 0, problem.head_dim};
+  if (kPacked || !sums_in_place(problem) || !has_few_samples(problem)) {
+    Backward<T, kPacked> backward(problem, inputs, outputs, 1);
+    for (int64_t head = first; head < last; ++head) backward.run(head / M, head % M, all);
     return;
   }
-  Backward<T, kPacked> backward(problem, inputs, outputs, 0, L, true);
-  for (int64_t head = first; head < last; ++head) backward.run(head / M, head % M);
+  for (int64_t head = first, end; head < last; head = end) {
+    const int64_t end_of_image = (head / M + 1) * M;
+    end = end_of_image < last ? end_of_image : last;
+    Backward<T, kPacked>(problem, inputs, outputs, end - head).run(head / M, head % M, all);
+  }
 }
 
-// grad_weights: (B, Q, M, K), of the softmax's result.
-template <class Real>
-void backward_softmax_rows(const Problem& problem, const ConstArray& grad_weights,
-                           const BackwardOutputs& outputs, int64_t first, int64_t last) {
-  const int64_t K = problem.num_samples, padded = round_up(K, kLanes<Real>);
-  Buffer<Real> weights(padded), gradients(padded);
-  for (int64_t row = first; row < last; ++row) {
-    read(problem.weights, row * K, K, weights.get());
-    softmax(weights.get(), 1, padded, K);
-    read(grad_weights, row * K, K, gradients.get());
-    for (int64_t i = K; i < padded; ++i) gradients[i] = 0;  // the last row's may be NaN
-    softmax_backward(weights.get(), gradients.get(), K);
-    write(outputs.grad_weights, row * K, K, gradients.get());
+template <class T, bool kPacked>
+void backward_rows(const Problem& problem, const BackwardInputs& inputs,
+                   const BackwardOutputs& outputs, int64_t first, int64_t last) {
+  const int64_t M = problem.num_heads, Q = problem.num_queries;
+  Backward<T, kPacked> backward(problem, inputs, outputs, 1);
+  for (int64_t row = first, end; row < last; row = end) {
+    const int64_t head = row / Q, end_of_head = (head + 1) * Q;
+    end = end_of_head < last ? end_of_head : last;
+    backward.run(head / M, head % M, {row - head * Q, end - head * Q, 0, problem.head_dim});
+  }
+}
+
+template <class T, bool kPacked>
+void backward_channel_parts(const Problem& problem, const BackwardInputs& inputs,
+                            const BackwardOutputs& outputs, int64_t first, int64_t last) {
+  const int64_t M = problem.num_heads, D = problem.head_dim, parts = num_channel_parts(problem);
+  Backward<T, kPacked> backward(problem, inputs, outputs, 1);
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t head = task / parts, channel = task % parts * kChannelsOfPart;
+    const int64_t end = channel + kChannelsOfPart < D ? channel + kChannelsOfPart : D;
+    backward.run(head / M, head % M, {0, problem.num_queries, channel, end});
   }
 }
 
@@ -300,7 +322,7 @@ void backward_reference_points_rows(const Problem& problem, const BackwardOutput
   const int64_t size = problem.reference_size, levels = problem.reference_levels;
   const bool is_box = size == 4;
   const ConstArray in_pixels{outputs.grad_points.data, outputs.grad_points.dtype};
-  Samples<Real, int64_t> samples(problem, 0, problem.num_levels, 1, true);
+  Samples<Real, int64_t> samples(problem, 1, true);
   const int64_t padded = round_up(2 * K, kStep);
   Buffer<Real> grad_points(padded), offsets(padded), steps(padded);  // (K, 2) and more
   Buffer<Real> sums(padded), sums_by_offset(padded);                 // over the heads
@@ -357,27 +379,50 @@ void backward_reference_points_rows(const Problem& problem, const BackwardOutput
   }
 }
 
-}  // namespace
-
-void backward(const Problem& problem, const BackwardInputs& inputs, const BackwardOutputs& outputs,
-              bool by_level, int64_t first, int64_t last) {
-  if (!outputs.has_wanted()) return;
+// Calls run() with a null pointer to value's type, and whether pixels are packed: where `packs`, if
+// index_t holds the distances.
+template <class F>
+void dispatch(const Problem& problem, bool packs, const F& run) {
   dispatch_dtype(problem.value.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    using Real = acc_t<T>;
-    if (packs_pixels(problem, problem.num_queries) && fits<index_t<Real>>(problem, sizeof(Real))) {
-      backward_tasks<T, true>(problem, inputs, outputs, by_level, first, last);
+    using Real = acc_t<std::remove_pointer_t<decltype(type)>>;
+    if (packs && fits<index_t<Real>>(problem, sizeof(Real))) {
+      run(type, std::bool_constant<true>());
     } else {
-      backward_tasks<T, false>(problem, inputs, outputs, by_level, first, last);
+      run(type, std::bool_constant<false>());
     }
   });
 }
 
-void backward_softmax(const Problem& problem, const ConstArray& grad_weights,
+}  // namespace
+
+void backward(const Problem& problem, const BackwardInputs& inputs, const BackwardOutputs& outputs,
+              int64_t first, int64_t last) {
+  const bool packs = !sums_in_place(problem) && samples_often(problem, problem.num_queries);
+  dispatch(problem, packs, [&](auto* type, auto packed) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    backward_heads<T, decltype(packed)::value>(problem, inputs, outputs, first, last);
+  });
+}
+
+void backward_samples(const Problem& problem, const BackwardInputs& inputs,
                       const BackwardOutputs& outputs, int64_t first, int64_t last) {
-  dispatch_dtype(problem.value.dtype, [&](auto* type) {
-    backward_softmax_rows<acc_t<std::remove_pointer_t<decltype(type)>>>(problem, grad_weights,
-                                                                        outputs, first, last);
+  BackwardOutputs of_samples = outputs;
+  of_samples.grad_value.is_wanted = false;
+  const int64_t of_head = problem.num_queries < last - first ? problem.num_queries : last - first;
+  dispatch(problem, samples_often(problem, of_head), [&](auto* type, auto packed) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    backward_rows<T, decltype(packed)::value>(problem, inputs, of_samples, first, last);
+  });
+}
+
+void backward_value(const Problem& problem, const BackwardInputs& inputs,
+                    const BackwardOutputs& outputs, int64_t first, int64_t last) {
+  BackwardOutputs of_value;
+  of_value.grad_value = outputs.grad_value;
+  const bool packs = !sums_in_place(problem) && samples_often(problem, problem.num_queries);
+  dispatch(problem, packs, [&](auto* type, auto packed) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    backward_channel_parts<T, decltype(packed)::value>(problem, inputs, of_value, first, last);
   });
 }
 

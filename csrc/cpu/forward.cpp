@@ -79,19 +79,19 @@ template <class T, class Offset>
 void forward_heads(const Problem& problem, const ForwardOutputs& outputs, bool packed,
                    int64_t first, int64_t last) {
   const int64_t M = problem.num_heads, D = problem.head_dim, Q = problem.num_queries;
-  Samples<acc_t<T>, Offset> samples(problem, 0, problem.num_levels, 1, false);
-  HeadRows<T> copy(problem, 0, packed ? problem.num_keys : 0);
+  Samples<acc_t<T>, Offset> samples(problem, 1, false);
+  HeadRows<T> copy(problem, packed);
 
   while (first < last) {
     const int64_t b = first / Q / M, m = first / Q % M;
     const int64_t end = (first / Q + 1) * Q < last ? (first / Q + 1) * Q : last;
     // value[b, 0, m, :]
     const T* value = static_cast<const T*>(problem.value.data) + (b * problem.num_keys * M + m) * D;
-    Rows rows{M * D * int64_t(sizeof(T)), 0, distance(value, copy.get())};
+    Rows rows{M * D * int64_t(sizeof(T)), distance(value, copy.get())};
     if (packed) {
       copy.read(b, m);
       value = copy.get();
-      rows = copy.rows();
+      rows = packed_rows(problem, D * int64_t(sizeof(T)));
     }
     for (; first < end; ++first) {
       const int64_t q = first % Q;
@@ -100,7 +100,7 @@ void forward_heads(const Problem& problem, const ForwardOutputs& outputs, bool p
       const int64_t row = (b * Q + q) * M + m;
       T* const output = static_cast<T*>(outputs.output.data) + row * D;
       prefetch<true>(outputs.output, (row + rows_ahead(problem)) * D, D);
-      gather_head<T, Offset>(samples.prepared(), 0, samples.count(), value, D, output);
+      gather_head<T, Offset>(samples.prepared(), 0, problem.num_samples, value, D, output);
     }
   }
 }
@@ -114,8 +114,8 @@ void forward_queries(const Problem& problem, const ForwardOutputs& outputs, int6
   using Prepared = typename Samples<acc_t<T>, int64_t>::Prepared;
   const int64_t M = problem.num_heads, D = problem.head_dim, Q = problem.num_queries;
   const int64_t K = problem.num_samples, row_bytes = D * int64_t(sizeof(T));
-  Samples<acc_t<T>, int64_t> samples(problem, 0, problem.num_levels, M, false);
-  const HeadRows<T> zeros(problem, 0, 0);
+  Samples<acc_t<T>, int64_t> samples(problem, M, false);
+  const HeadRows<T> zeros(problem, false);
   const auto* const values = static_cast<const T*>(problem.value.data);
   // value[b, 0, 0, :]
   const auto value_of = [&](int64_t query) {
@@ -124,33 +124,26 @@ void forward_queries(const Problem& problem, const ForwardOutputs& outputs, int6
   const auto prepare = [&](int64_t query) {
     const int64_t b = query / Q, q = query % Q;
     samples.set_query(b, q);
-    samples.prepare(b, q, 0, {M * row_bytes, 0, distance(value_of(query), zeros.get())});
+    samples.prepare(b, q, 0, {M * row_bytes, distance(value_of(query), zeros.get())});
     return samples.prepared();
   };
-  const auto fetch_pixels = [&](const Prepared& of, const T* value, int64_t head) {
-    for (int64_t i = head * K; i < (head + 1) * K; ++i) {
-      for (int c = 0; c < kNumCorners; ++c) {
-        const T* const pixel = at_distance(value, of.value_offset[samples.corner_index(c, i)]);
-        for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine) {
-          __builtin_prefetch(at_distance(pixel, byte));
-        }
-      }
-    }
+  const auto fetch_pixels = [&](const Prepared& of, int64_t query, int64_t head) {
+    samples.fetch_pixels(value_of(query), of.value_offset, head, row_bytes);
   };
   const int64_t heads_ahead = K > 0 ? (kSamplesAhead + K - 1) / K : 0;
   const int64_t ahead = heads_ahead < M ? heads_ahead : M;
 
   const int64_t last_query = (last - 1) / M;
   Prepared next = prepare(first / M);
-  for (int64_t m = 0; m < ahead; ++m) fetch_pixels(next, value_of(first / M), m);
+  for (int64_t m = 0; m < ahead; ++m) fetch_pixels(next, first / M, m);
   for (int64_t query = first / M; query <= last_query; ++query) {
     const Prepared current = next;
     if (query < last_query) next = prepare(query + 1);
     for (int64_t m = 0; m < M; ++m) {
       if (m + ahead < M) {
-        fetch_pixels(current, value_of(query), m + ahead);
+        fetch_pixels(current, query, m + ahead);
       } else if (query < last_query) {
-        fetch_pixels(next, value_of(query + 1), m + ahead - M);
+        fetch_pixels(next, query + 1, m + ahead - M);
       }
       const int64_t row = query * M + m;
       if (row < first || row >= last) continue;

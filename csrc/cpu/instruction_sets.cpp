@@ -22,7 +22,8 @@ namespace msda {
   namespace name {                                                                \
   std::remove_pointer_t<decltype(CpuKernels::forward)> forward;                   \
   std::remove_pointer_t<decltype(CpuKernels::backward)> backward;                 \
-  std::remove_pointer_t<decltype(CpuKernels::backward_softmax)> backward_softmax; \
+  std::remove_pointer_t<decltype(CpuKernels::backward_samples)> backward_samples; \
+  std::remove_pointer_t<decltype(CpuKernels::backward_value)> backward_value;     \
   std::remove_pointer_t<decltype(CpuKernels::backward_reference_points)>          \
       backward_reference_points;                                                  \
   }
@@ -31,8 +32,13 @@ MSDA_CPU_CAPABILITIES(MSDA_DECLARE)
 
 namespace {
 
-#define MSDA_ENTRY(name) \
-  {#name, name::forward, name::backward, name::backward_softmax, name::backward_reference_points},
+#define MSDA_ENTRY(name)   \
+  {#name,                  \
+   name::forward,          \
+   name::backward,         \
+   name::backward_samples, \
+   name::backward_value,   \
+   name::backward_reference_points},
 constexpr CpuKernels kCompiled[] = {MSDA_CPU_CAPABILITIES(MSDA_ENTRY)};
 #undef MSDA_ENTRY
 

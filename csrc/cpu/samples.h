@@ -29,14 +29,14 @@ struct AxisTransform {
 template <class Real>
 struct ReferenceTransform {
   explicit ReferenceTransform(int64_t length)
-      : numbers(length),
+      : numbers(length, 0),
         sides(length),
         half_over_points(length),
         origin(length),
         rest(length),
         step(length) {}
 
-  Buffer<Real> numbers;                  // as given
+  ReadAhead<Real> numbers;               // as given
   Buffer<Real> sides, half_over_points;  // of the level: its width or height, and 1 / (2P)
   Buffer<Real> origin, rest;             // from the first two numbers of a level
   Buffer<Real> step;                     // from the last two
@@ -47,16 +47,20 @@ struct ReferenceTransform {
 // answers later than one query takes.
 inline int64_t rows_ahead(const Problem& problem) { return 4 * problem.num_heads; }
 
-// The pixels of one head in memory, in bytes from a base pointer: key k at
-// (k - first_key) * key_stride. Corners that must not be read or written lie at `nowhere`: a row of
-// zeros to read, or a row to add to that nobody reads. So the loops over samples have no branches,
-// which the one sample in seven of an encoder that lies at an edge would mislead, and an Inf in a
-// pixel that is no corner does not leak through a zero weight.
+// The pixels of one head in memory, in bytes from a base pointer: key k at k * key_stride. Corners
+// that must not be read or written lie at `nowhere`: a row of zeros to read, or a row to add to
+// that nobody reads. So the loops over samples have no branches, which the one sample in seven of
+// an encoder that lies at an edge would mislead, and an Inf in a pixel that is no corner does not
+// leak through a zero weight.
 struct Rows {
   int64_t key_stride;
-  int64_t first_key;
   int64_t nowhere;
 };
+
+// Rows of so many bytes next to each other, with `nowhere` after them.
+inline Rows packed_rows(const Problem& problem, int64_t row) {
+  return {row, problem.num_keys * row};
+}
 
 // Whether Offset holds every distance within a copy of one head's pixels, in scalars of a size.
 template <class Offset>
@@ -99,6 +103,16 @@ inline void softmax(Real* rows, int64_t num_rows, int64_t stride, int64_t count)
   }
 }
 
+// The softmax of rows of `count` logits that lie in one vector, a power of two that divides its
+// lanes; the bits of softmax(). Lanes past the last row hold anything.
+template <class Real>
+inline Vec<Real> softmax_of_runs(Vec<Real> logits, int64_t count) {
+  const Vec<Real> largest =
+      reduce_runs(logits, count, [](Vec<Real> a, Vec<Real> b) { return a > b ? a : b; });
+  const Vec<Real> e = exp_nonpositive(logits - largest);
+  return e * (1 / reduce_runs(e, count, [](Vec<Real> a, Vec<Real> b) { return a + b; }));
+}
+
 // Turns gradients of a softmax's weights into those of its logits:
 // grad_logit = p * (grad_p - sum over all samples of p * grad_p). That sum equals
 // <grad_output, output>, apart from roundings of the output, and apart from a NaN of grad_output
@@ -106,13 +120,24 @@ inline void softmax(Real* rows, int64_t num_rows, int64_t stride, int64_t count)
 template <class Real>
 inline void softmax_backward(const Real* weights, Real* gradients, int64_t count) {
   constexpr int kStep = kLanes<Real>;
+  const int64_t whole = count / kStep * kStep;
+  const int rest = int(count - whole);
   Vec<Real> products = {};
-  for (int64_t i = 0; i < count; i += kStep) {
+  for (int64_t i = 0; i < whole; i += kStep) {
     products += load(weights + i) * load(gradients + i);
   }
+  if (rest > 0) {
+    products += load_partial(weights + whole, rest) * load_partial(gradients + whole, rest);
+  }
   const Real sum = sum_lanes(products);
-  for (int64_t i = 0; i < count; i += kStep) {
-    store(gradients + i, load(weights + i) * (load(gradients + i) - sum));
+  const auto gradient = [&](Vec<Real> weight, Vec<Real> grad) { return weight * (grad - sum); };
+  for (int64_t i = 0; i < whole; i += kStep) {
+    store(gradients + i, gradient(load(weights + i), load(gradients + i)));
+  }
+  if (rest > 0) {
+    store_partial(
+        gradients + whole,
+        gradient(load_partial(weights + whole, rest), load_partial(gradients + whole, rest)), rest);
   }
 }
 
@@ -142,33 +167,28 @@ inline T* at_distance(T* from, int64_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<intptr_t>(from) + bytes);
 }
 
-// One head's pixels of some levels, copied next to each other, and a row of zeros after them. In
-// value the rows of a head lie M * D elements apart and share an eighth of the L1 sets (8 heads); a
-// copy uses all of them. Worth it where pixels are sampled often: see packs_pixels().
+// One head's pixels, copied next to each other, and a row of zeros after them. In value the rows of
+// a head lie M * D elements apart and share an eighth of the L1 sets (8 heads); a copy uses all of
+// them. Worth it where pixels are sampled often: see packs_pixels().
 template <class T>
 class HeadRows {
  public:
-  HeadRows(const Problem& problem, int64_t first_key, int64_t num_keys)
+  // holds_pixels: else the row of zeros alone.
+  HeadRows(const Problem& problem, bool holds_pixels)
       : problem_(problem),
-        first_key_(first_key),
-        num_keys_(num_keys),
-        rows_((num_keys + 1) * problem.head_dim) {
-    std::memset(rows_.get() + num_keys * problem.head_dim, 0, problem.head_dim * sizeof(T));
+        num_keys_(holds_pixels ? problem.num_keys : 0),
+        rows_((num_keys_ + 1) * problem.head_dim) {
+    std::memset(rows_.get() + num_keys_ * problem.head_dim, 0, problem.head_dim * sizeof(T));
   }
 
   T* get() { return rows_.get(); }
   const T* get() const { return rows_.get(); }
 
-  Rows rows() const {
-    const int64_t row = problem_.head_dim * int64_t(sizeof(T));
-    return {row, first_key_, num_keys_ * row};
-  }
-
   // Copies the pixels of head m of image b from value.
   void read(int64_t b, int64_t m) {
     const int64_t M = problem_.num_heads, D = problem_.head_dim;
-    const T* const value = static_cast<const T*>(problem_.value.data) +
-                           ((b * problem_.num_keys + first_key_) * M + m) * D;
+    const T* const value =
+        static_cast<const T*>(problem_.value.data) + (b * problem_.num_keys * M + m) * D;
     const int64_t row = D * int64_t(sizeof(T));
     for (int64_t key = 0; key < num_keys_; ++key) {
       const T* const pixel = at_distance(value, key * M * row);
@@ -183,13 +203,13 @@ class HeadRows {
   static constexpr int64_t kPrefetchedRows = 16;  // asked for ahead: they lie far apart
 
   const Problem& problem_;
-  const int64_t first_key_, num_keys_;
+  const int64_t num_keys_;
   Buffer<T> rows_;
 };
 
-// Prepares the samples of one query and head at a time, or of one query and all its heads. Holds
-// the tables and buffers that serve them all. Offset is the type of distances between pixels:
-// index_t<Real> where it can hold them.
+// Prepares the samples of one query and head at a time, or of one query and several heads next to
+// each other. Holds the tables and buffers that serve them all. Offset is the type of distances
+// between pixels: index_t<Real> where it can hold them.
 template <class Real, class Offset>
 class Samples {
  public:
@@ -206,16 +226,14 @@ class Samples {
     return (i / kLanes<Real> * kNumCorners + c) * kLanes<Real> + i % kLanes<Real>;
   }
 
-  // first_level, last_level: only the samples of these levels are prepared. heads_at_once: 1, or
-  // all, of all levels. for_backward: corners(), fx(), fy() and attention() are wanted.
-  Samples(const Problem& problem, int64_t first_level, int64_t last_level, int64_t heads_at_once,
-          bool for_backward)
+  // num_heads: that are prepared at once. for_backward: corners(), fx(), fy() and attention() are
+  // wanted.
+  Samples(const Problem& problem, int64_t num_heads, bool for_backward)
       : problem_(problem),
-        heads_at_once_(heads_at_once),
+        num_heads_(num_heads),
         for_backward_(for_backward),
-        begin_(count_points(problem, 0, first_level)),
-        count_(heads_at_once * count_points(problem, first_level, last_level)),
-        padded_(round_up(count_, kLanes<Real>)),
+        stride_(for_backward ? round_up(problem.num_samples, kQuads<Real>) : problem.num_samples),
+        padded_(round_up(num_heads * stride_, kLanes<Real>)),
         width_(padded_),
         height_(padded_),
         map_width_(padded_),
@@ -225,8 +243,9 @@ class Samples {
         x_(padded_),
         y_(padded_),
         reference_(round_up(problem.num_levels * problem.reference_size, kLanes<Real>)),
-        given_points_(2 * padded_),
-        given_weights_(padded_),
+        given_points_(2 * padded_, Real(__builtin_nan(""))),
+        given_weights_(padded_, 0),
+        softmaxed_heads_(padded_),
         softmax_stride_(
             problem.is_fused ? round_up(problem.num_samples, kLanes<Real>) + kLanes<Real> : 0),
         softmaxed_(kSoftmaxRows * softmax_stride_),
@@ -239,24 +258,22 @@ class Samples {
         attention_(padded_),
         corner_weight_(2 * kNumCorners * padded_) {
     const int64_t pixel = problem.head_dim * element_size(problem.value.dtype);
-    int64_t i = 0;
-    for (int64_t head = 0; head < heads_at_once; ++head) {
-      for (int64_t l = first_level; l < last_level; ++l) {
+    // Samples past the last of a head: NaN for points, so that they do not count.
+    for (int64_t i = 0; i < padded_; ++i) set_sample(i, 0, Level{1, 1, 0, 0}, 0);
+    for (int64_t head = 0; head < num_heads; ++head) {
+      int64_t i = head * stride_;
+      for (int64_t l = 0; l < problem.num_levels; ++l) {
         for (int64_t p = 0; p < problem.levels[l].num_points; ++p, ++i) {
           set_sample(i, l, problem.levels[l], head * pixel);
         }
       }
     }
-    // Samples past the last: NaN for points, so that they do not count.
-    for (; i < padded_; ++i) set_sample(i, first_level, Level{1, 1, 0, 0}, 0);
-    for (int64_t k = 0; k < 2 * padded_; ++k) given_points_[k] = Real(__builtin_nan(""));
-    std::memset(given_weights_.get(), 0, padded_ * sizeof(Real));
+    std::memset(softmaxed_heads_.get(), 0, padded_ * sizeof(Real));
     set_transform();
     set_reference_levels();
   }
 
-  int64_t begin() const { return begin_; }    // first sample among the K of a query and head
-  int64_t count() const { return count_; }    // number of samples, of all heads at once
+  int64_t stride() const { return stride_; }  // from the first sample of a head to the next head's
   int64_t padded() const { return padded_; }  // length of the arrays below
 
   // prepare() computes these for each sample: the corners that are read (bit c for corner c), the
@@ -271,6 +288,18 @@ class Samples {
   // Of the last prepare(). The next one leaves it alone.
   Prepared prepared() const { return {corner_weight_.get() + half_, value_offset_.get() + half_}; }
 
+  // Fetches `bytes` of each pixel of a head that is prepared. base: what the offsets start from.
+  void fetch_pixels(const void* base, const Offset* offsets, int64_t head, int64_t bytes) const {
+    for (int64_t i = head * stride_; i < head * stride_ + problem_.num_samples; ++i) {
+      for (int c = 0; c < kNumCorners; ++c) {
+        const void* const pixel = at_distance(base, offsets[corner_index(c, i)]);
+        for (int64_t byte = 0; byte < bytes; byte += kCacheLine) {
+          __builtin_prefetch(at_distance(pixel, byte));
+        }
+      }
+    }
+  }
+
   // The offset of the pixel in grad_value, if given grad_rows.
   const Offset* grad_offset() const { return grad_offset_.get(); }
 
@@ -283,9 +312,13 @@ class Samples {
     if (!problem_.is_fused) return;
     const int64_t given = problem_.reference_levels * problem_.reference_size;
     const int64_t size = problem_.num_levels * problem_.reference_size;
-    Real* const reference = reference_.numbers.get();
-    read(problem_.reference_points, (b * problem_.num_queries + q) * given, given, reference);
-    for (int64_t i = given; i < size; ++i) reference[i] = reference[i - given];
+    const int64_t query = b * problem_.num_queries + q;
+    const int64_t next = q + 1 < problem_.num_queries ? query + 1 : -1;
+    const Real* const reference =
+        reference_.numbers.get(query, next, [&](int64_t of_query, Real* to) {
+          read(problem_.reference_points, of_query * given, given, to);
+          for (int64_t i = given; i < size; ++i) to[i] = to[i - given];
+        });
     for (int64_t i = 0; i < size; i += kLanes<Real>) {
       const Vec<Real> numbers = load(reference + i), sides = load(reference_.sides.get() + i);
       Vec<Real> rest;
@@ -310,26 +343,26 @@ class Samples {
     }
   }
 
-  // Prepares the samples of head m of query q of image b, after set_query() of the same query; or,
-  // of several heads at once, those of all heads, with m = 0.
+  // Prepares the samples of head m of query q of image b, and of the heads after it that are
+  // prepared at once, after set_query() of the same query. grad_rows: of several heads at once,
+  // those of grad_value itself.
   void prepare(int64_t b, int64_t q, int64_t m, const Rows& value_rows,
                const Rows* grad_rows = nullptr) {
     half_ = kNumCorners * padded_ - half_;
     const int64_t head = (b * problem_.num_queries + q) * problem_.num_heads + m;
-    const int64_t first_sample = head * problem_.num_samples;
-    points_ = given(problem_.points, 2 * (first_sample + begin_), 2 * count_, 2 * padded_,
-                    given_points_.get());
+    const int64_t K = problem_.num_samples, first_sample = head * K;
+    const int64_t next = q + 1 < problem_.num_queries ? head + problem_.num_heads : -1;
+    points_ = given(problem_.points, head, next, 2, given_points_);
     if (problem_.is_fused) {
-      weights_ = heads_at_once_ > 1 ? softmaxed_heads(b, q) : softmaxed(b, q, m) + begin_;
+      weights_ = num_heads_ > 1 ? softmaxed_heads(head) : softmaxed(b, q, m);
     } else {
-      weights_ =
-          given(problem_.weights, first_sample + begin_, count_, padded_, given_weights_.get());
+      weights_ = given(problem_.weights, head, next, 1, given_weights_);
     }
-    const int64_t ahead = (head + rows_ahead(problem_)) * problem_.num_samples + begin_;
-    prefetch<false>(problem_.points, 2 * ahead, 2 * count_);
+    const int64_t ahead = first_sample + rows_ahead(problem_) * K;
+    prefetch<false>(problem_.points, 2 * ahead, 2 * num_heads_ * K);
     const int64_t further =
-        problem_.is_fused && heads_at_once_ == 1 ? kSoftmaxRows * problem_.num_heads : 0;
-    prefetch<false>(problem_.weights, ahead + further * problem_.num_samples, count_);
+        problem_.is_fused && num_heads_ == 1 ? kSoftmaxRows * problem_.num_heads : 0;
+    prefetch<false>(problem_.weights, ahead + further * K, num_heads_ * K);
     if (problem_.nearest) {
       prepare_nearest(value_rows, grad_rows);
     } else {
@@ -339,18 +372,24 @@ class Samples {
   }
 
  private:
-  static int64_t count_points(const Problem& problem, int64_t first_level, int64_t last_level) {
-    int64_t count = 0;
-    for (int64_t l = first_level; l < last_level; ++l) count += problem.levels[l].num_points;
-    return count;
-  }
-
-  // Elements offset..offset+count-1, readable up to padded: in place where there is no padding.
-  static const Real* given(const ConstArray& array, int64_t offset, int64_t count, int64_t padded,
-                           Real* buffer) {
-    if (count == padded) return view(array, offset, count, buffer);
-    read(array, offset, count, buffer);
-    return buffer;
+  // The `size` numbers of each sample of the heads that are prepared at once: in place where there
+  // is no padding. head, next: (b * Q + q) * M + m of the first, now and next.
+  const Real* given(const ConstArray& array, int64_t head, int64_t next, int64_t size,
+                    ReadAhead<Real>& buffer) const {
+    const int64_t K = problem_.num_samples;
+    const bool is_own = array.dtype == dtype_of<Real>;
+    if (is_own && num_heads_ * K == padded_) {
+      return static_cast<const Real*>(array.data) + size * head * K;
+    }
+    return buffer.get(head, next, [&](int64_t first_head, Real* to) {
+      if (stride_ == K) {
+        read(array, size * first_head * K, size * num_heads_ * K, to);
+        return;
+      }
+      for (int64_t m = 0; m < num_heads_; ++m) {
+        read(array, size * (first_head + m) * K, size * K, to + size * m * stride_);
+      }
+    });
   }
 
   // head_offset: from the first of the heads at once to that of this sample, in bytes.
@@ -405,19 +444,29 @@ class Samples {
     return softmaxed_.get() + (q - softmaxed_begin_) * softmax_stride_;
   }
 
-  // The softmax of all heads of one query, next to each other.
-  const Real* softmaxed_heads(int64_t b, int64_t q) {
-    const int64_t M = problem_.num_heads, K = problem_.num_samples;
-    const int64_t first_head = (b * problem_.num_queries + q) * M;
-    Real* const weights = given_weights_.get();
-    for (int64_t m = 0; m < M; m += kSoftmaxRows) {
-      const int64_t rows = M - m < kSoftmaxRows ? M - m : kSoftmaxRows;
+  // The softmax of the heads of one query that are prepared at once; head: (b * Q + q) * M + m.
+  const Real* softmaxed_heads(int64_t head) {
+    constexpr int64_t kStep = kLanes<Real>;
+    const int64_t K = problem_.num_samples;
+    Real* const weights = softmaxed_heads_.get();
+    if (0 < K && K < kStep && kStep % K == 0) {
+      Real few[kStep] = {};  // of several heads
+      for (int64_t m = 0; m < num_heads_; m += kStep / K) {
+        const int64_t heads = num_heads_ - m < kStep / K ? num_heads_ - m : kStep / K;
+        read(problem_.weights, (head + m) * K, heads * K, few);
+        store(few, softmax_of_runs<Real>(load(few), K));
+        for (int64_t h = 0; h < heads; ++h) convert(few + h * K, weights + (m + h) * stride_, K);
+      }
+      return weights;
+    }
+    for (int64_t m = 0; m < num_heads_; m += kSoftmaxRows) {
+      const int64_t rows = num_heads_ - m < kSoftmaxRows ? num_heads_ - m : kSoftmaxRows;
       for (int64_t r = 0; r < rows; ++r) {
-        read(problem_.weights, (first_head + m + r) * K, K, softmaxed_.get() + r * softmax_stride_);
+        read(problem_.weights, (head + m + r) * K, K, softmaxed_.get() + r * softmax_stride_);
       }
       softmax(softmaxed_.get(), rows, softmax_stride_, K);
       for (int64_t r = 0; r < rows; ++r) {
-        convert(softmaxed_.get() + r * softmax_stride_, weights + (m + r) * K, K);
+        convert(softmaxed_.get() + r * softmax_stride_, weights + (m + r) * stride_, K);
       }
     }
     return weights;
@@ -542,9 +591,7 @@ class Samples {
                                       widen<Offset>(read.sw, part), widen<Offset>(read.se, part)};
       const Vec<Offset> head = load_as<Vec<Offset>>(p.head_offset + j);
       store_offsets(p.value_offset, j, key, map_width, head, wide, value_rows);
-      if (grad_rows) {
-        store_offsets(p.grad_offset, j, key, map_width, Vec<Offset>{}, wide, *grad_rows);
-      }
+      if (grad_rows) store_offsets(p.grad_offset, j, key, map_width, head, wide, *grad_rows);
     }
   }
 
@@ -552,7 +599,7 @@ class Samples {
                      Vec<Offset> head, const Corners<Vec<Offset>>& read, const Rows& rows) {
     const Offset stride = Offset(rows.key_stride);
     const Vec<Offset> nowhere = broadcast(Offset(rows.nowhere));
-    const Vec<Offset> north = (key - Offset(rows.first_key)) * stride + head;
+    const Vec<Offset> north = key * stride + head;
     const Vec<Offset> south = north + map_width * stride;
     store_as(offsets + corner_index(kNw, i), read.nw ? north : nowhere);
     store_as(offsets + corner_index(kNe, i), read.ne ? north + stride : nowhere);
@@ -563,7 +610,7 @@ class Samples {
   // Drops the corners that lie on padded pixels.
   void drop_padding(int64_t b, const Rows& value_rows, const Rows* grad_rows) {
     const uint8_t* const mask = problem_.padding_mask + b * problem_.num_keys;
-    for (int64_t i = 0; i < count_; ++i) {
+    for (int64_t i = 0; i < padded_; ++i) {
       for (int c = 0; c < kNumCorners; ++c) {
         if ((corners_[i] >> c & 1) == 0) continue;
         if (mask[key_[i] + c % 2 + c / 2 * map_width_[i]] == 0) continue;
@@ -576,15 +623,16 @@ class Samples {
   }
 
   const Problem& problem_;
-  const int64_t heads_at_once_;
+  const int64_t num_heads_;
   const bool for_backward_;
-  const int64_t begin_, count_, padded_;
+  const int64_t stride_, padded_;
   Buffer<Real> width_, height_;
   Buffer<Offset> map_width_, level_start_, head_offset_;
   Buffer<index_t<Real>> reference_index_;  // of the first number of a sample's level in reference_
   AxisTransform<Real> x_, y_;
   ReferenceTransform<Real> reference_;
-  Buffer<Real> given_points_, given_weights_;
+  ReadAhead<Real> given_points_, given_weights_;
+  Buffer<Real> softmaxed_heads_;
   const int64_t softmax_stride_;  // of the rows below
   Buffer<Real> softmaxed_;        // of queries softmaxed_begin_ to softmaxed_end_ - 1
   int64_t softmaxed_head_ = -1, softmaxed_begin_ = 0, softmaxed_end_ = 0;

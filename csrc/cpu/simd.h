@@ -177,7 +177,9 @@ inline Halves widen(Vec<float> v) {
   return {(Vec<double>)_mm256_cvtps_pd(_mm256_castps256_ps128(all)),
           (Vec<double>)_mm256_cvtps_pd(_mm256_extractf128_ps(all, 1))};
 #else
-  return {Vec<double>{v[0], v[1]}, Vec<double>{v[2], v[3]}};
+  // Whole vectors: lane by lane, GCC 12 takes a number rounded to float and back for the number.
+  return {__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), Vec<double>),
+          __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), Vec<double>)};
 #endif
 }
 
@@ -189,7 +191,9 @@ inline Vec<float> narrow(const Halves& v) {
   return (Vec<float>)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)v.high),
                                      _mm256_cvtpd_ps((__m256d)v.low));
 #else
-  return Vec<float>{float(v.low[0]), float(v.low[1]), float(v.high[0]), float(v.high[1])};
+  typedef VecN<float, 2> Pair;
+  return __builtin_shufflevector(__builtin_convertvector(v.low, Pair),
+                                 __builtin_convertvector(v.high, Pair), 0, 1, 2, 3);
 #endif
 }
 
@@ -418,6 +422,18 @@ inline auto reduce_lanes(V v, const F& f) {
   if constexpr (n > 2) v = f(v, swap_runs<2>(v, std::make_integer_sequence<int, n>()));
   if constexpr (n > 1) v = f(v, swap_runs<1>(v, std::make_integer_sequence<int, n>()));
   return v[0];
+}
+
+// The same within each run of `count` lanes, in all of its lanes.
+template <class V, class F>
+inline V reduce_runs(V v, int64_t count, const F& f) {
+  constexpr int n = sizeof(V) / sizeof(v[0]);
+  constexpr auto lanes = std::make_integer_sequence<int, n>();
+  if constexpr (n > 8) v = count > 8 ? f(v, swap_runs<8>(v, lanes)) : v;
+  if constexpr (n > 4) v = count > 4 ? f(v, swap_runs<4>(v, lanes)) : v;
+  if constexpr (n > 2) v = count > 2 ? f(v, swap_runs<2>(v, lanes)) : v;
+  if constexpr (n > 1) v = count > 1 ? f(v, swap_runs<1>(v, lanes)) : v;
+  return v;
 }
 
 template <class V>

@@ -221,7 +221,7 @@ Case make_case(Bytes bytes) {
   c.placement = {bytes.pick({true, true, false}),
                  bytes.pick({0, 0, 0, 0, 1, 2, 3, 4, 5, 8, 12, 16, 20})};
   c.has_special_numbers = bytes.pick({false, true});
-  c.by_level = bytes.pick({false, true});
+  c.two_passes = bytes.pick({false, true});
   for (int i = bytes.next() % 4; i > 0; --i) c.cuts.push_back(bytes.next());
   c.repeats = bytes.pick({false, false, false, true});
 
@@ -262,7 +262,8 @@ std::string Case::describe() const {
   if (!padding_mask.empty()) text << ", padded";
   text << ", wants " << (wants_value ? "v" : "") << (wants_points ? "p" : "")
        << (wants_weights ? "w" : "") << (wants_reference ? "r" : "") << ", "
-       << (by_level ? "by level, " : "") << (placement.at_end ? "ends" : "begins") << " at a page"
+       << (two_passes ? "in two passes, " : "") << (placement.at_end ? "ends" : "begins")
+       << " at a page"
        << " but for " << placement.skew << " bytes";
   return text.str();
 }

@@ -60,7 +60,7 @@ struct Case {
 
   bool has_special_numbers;  // NaN, infinity and others
   Placement placement;
-  bool by_level;
+  bool two_passes;
   std::vector<uint8_t> cuts;  // where rows and tasks are split, in 256ths
   bool repeats;               // whether to call again, split elsewhere, for the same bits
 

@@ -96,7 +96,7 @@ struct Result {
 struct Spread {
   int threads;
   std::vector<uint8_t> cuts;  // in 256ths
-  bool by_level;
+  bool two_passes;
 };
 
 // Runs f(first, last) over 0..count-1.
@@ -129,7 +129,7 @@ class Check {
     capability_ = kernels.capability;
     Problem problem = c_.problem;
     place_inputs(problem);
-    const Spread first{1, c_.cuts, c_.by_level}, other{threads, {}, !c_.by_level};
+    const Spread first{1, c_.cuts, c_.two_passes}, other{threads, {}, !c_.two_passes};
     const bool repeats = c_.repeats || threads > 1;
     const Bits output = run_forward(problem, kernels, first);
     if (repeats) require_same(output, run_forward(problem, kernels, other));
@@ -176,7 +176,7 @@ class Check {
   }
 
   Bits run_backward(const Problem& problem, const CpuKernels& kernels, const Spread& spread) {
-    begin_step(spread.by_level ? "backward by level" : "backward", spread);
+    begin_step(spread.two_passes ? "backward in two passes" : "backward", spread);
     // The gradient of the reference points is summed from that of the points.
     const bool sums_points = c_.wants_reference;
     Result value{"grad_value",   c_.wants_value,        c_.value.size(),
@@ -194,21 +194,22 @@ class Check {
     }
     const BackwardOutputs outputs{value.gradient(), points.gradient(), weights.gradient(),
                                   reference.gradient()};
-    const int64_t parts = spread.by_level ? problem.num_levels : 1;
-    BackwardOutputs of_tasks = outputs;
-    if (spread.by_level && c_.fused && weights.wanted) {
-      of_tasks.grad_weights = {{memory().softmax_gradient.place(
-                                    weights.size * element_size(c_.computed_in()), c_.placement),
-                                c_.computed_in()},
-                               true};
-    }
-    split(spread, problem.batch * problem.num_heads * parts, [&](int64_t first, int64_t last) {
-      kernels.backward(problem, inputs_, of_tasks, spread.by_level, first, last);
-    });
-    if (of_tasks.grad_weights.data != outputs.grad_weights.data) {
-      const ConstArray left{of_tasks.grad_weights.data, of_tasks.grad_weights.dtype};
-      split(spread, c_.num_rows(), [&](int64_t first, int64_t last) {
-        kernels.backward_softmax(problem, left, outputs, first, last);
+    const int64_t num_heads = problem.batch * problem.num_heads;
+    if (spread.two_passes) {
+      if (points.wanted || weights.wanted) {
+        split(spread, num_heads * problem.num_queries, [&](int64_t first, int64_t last) {
+          kernels.backward_samples(problem, inputs_, outputs, first, last);
+        });
+      }
+      if (value.wanted) {
+        const int64_t parts = num_heads * num_channel_parts(problem);
+        split(spread, parts, [&](int64_t first, int64_t last) {
+          kernels.backward_value(problem, inputs_, outputs, first, last);
+        });
+      }
+    } else if (outputs.has_wanted()) {
+      split(spread, num_heads, [&](int64_t first, int64_t last) {
+        kernels.backward(problem, inputs_, outputs, first, last);
       });
     }
     if (c_.wants_reference) {
@@ -285,7 +286,7 @@ class Check {
   // One of each for the whole run: to map memory takes longer than to run a case.
   struct Memory {
     Guarded value, points, weights, reference, padding_mask, levels, grad_output, output,
-        grad_value, grad_points, grad_weights, softmax_gradient, grad_reference;
+        grad_value, grad_points, grad_weights, grad_reference;
   };
   static Memory& memory() {
     static Memory memory;

@@ -335,7 +335,7 @@ def test_an_output_that_does_not_fit_into_memory_says_how_much():
 OUT_OF_SCRATCH_SPACE = """
 import resource, torch, msda
 torch.set_num_threads(1)
-value, locations = torch.zeros(1, 5000, 1, 4096), torch.rand(1, 5000, 1, 1, 4, 2)
+value, locations = torch.zeros(1, 5000, 1, 4096), torch.rand(1, 5000, 1, 1, 8, 2)
 msda.ms_deform_attn(value[:, :1], [(1, 1)], None, locations[:, :1], locations[:, :1, ..., 0])
 with open("/proc/self/statm") as file:
     used = int(file.read().split()[0]) * resource.getpagesize()

@@ -75,10 +75,10 @@ def test_gradients_match_reference(device, make, sizes, dtype):
 
 
 # So few queries that the CPU's kernels read pixels where they are, and so many that they copy them;
-# threads for each head, and so many that the levels are spread over them too.
+# threads for each head, and so many that channels and rows are spread over them in two passes.
 @pytest.mark.not_on_executor("calls torch's operator; test_kernels.py has its own")
 @pytest.mark.parametrize("num_queries", [13, 100], ids=["sparse", "dense"])
-@pytest.mark.parametrize("threads", [1, 16], ids=["by_head", "by_level"])
+@pytest.mark.parametrize("threads", [1, 16], ids=["one_pass", "two_passes"])
 @every_dtype
 @every_form
 def test_every_subset_of_gradients_has_the_bits_of_all_together(

@@ -205,8 +205,8 @@ def test_output_has_the_same_bits_for_any_number_of_threads(make, dtype, set_thr
 def test_gradients_have_the_same_bits_for_any_number_of_threads(
     make, batch, heads, dtype, set_threads
 ):
-    # 2^20 samples times channels: enough work for eight threads, which share the levels of a head
-    # where there are fewer heads than threads.
+    # 2^20 samples times channels: enough work for eight threads, which make two passes where there
+    # are fewer heads than threads.
     inputs = make(
         [(16, 16), (8, 8), (4, 4), (2, 2)],
         batch=batch,

@@ -121,7 +121,7 @@ def test_one_bad_number_reaches_what_it_reaches_in_the_reference(
         tensor = base_grad_output if name == "grad_output" else getattr(base, name)
         for n, place in enumerate(places(tensor)):
             bad = BAD_NUMBERS[n % 3]
-            set_threads(8 if n % 2 else 1)  # more than heads: the CPU's backward goes by level
+            set_threads(8 if n % 2 else 1)  # more than heads: the CPU's backward makes two passes
             changed = tensor.clone()
             changed.view(-1)[place] = bad
             is_input = name != "grad_output"
