@@ -57,8 +57,9 @@ void backward_channels(const PackedSamples<T, kPacked>& samples, int64_t first, 
           if constexpr (kDots) {
             const T* const pixel = at_distance(value, value_offset[n]);
             MSDA_UNROLL for (int k = 0; k < kVectors; ++k) {
-              dot[s][c] +=
-                  g[k] * (kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep));
+              const Vec<Real> v =
+                  kPartial ? load_partial(pixel, channels) : load(pixel + k * kStep);
+              dot[s][c] = add_product(dot[s][c], g[k], v);
             }
           }
           if constexpr (kScatter) {
@@ -67,9 +68,9 @@ void backward_channels(const PackedSamples<T, kPacked>& samples, int64_t first, 
             MSDA_UNROLL for (int k = 0; k < kVectors; ++k) {
               Real* const p = pixel + k * kStep;
               if constexpr (kPartial) {
-                store_partial(p, load_partial(p, channels) + g[k] * w, channels);
+                store_partial(p, add_product(load_partial(p, channels), g[k], w), channels);
               } else {
-                store(p, load(p) + g[k] * w);
+                store(p, add_product(load(p), g[k], w));
               }
             }
           }
