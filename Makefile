@@ -53,8 +53,8 @@ else
 endif
 
 NATIVE := CMakeLists.txt setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
-FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda/executor tests/cuda/executor/* tests/fuzz tests/operator \
-  benchmarks/*, \
+FORMATTED := $(wildcard $(foreach folder,csrc csrc/* tests/cuda/executor tests/cuda/executor/* tests/fuzz \
+  tests/operator benchmarks/*, \
   $(foreach kind,h cpp cuh cu,$(folder)/*.$(kind))))
 # What must hold for every instruction set, not only the best one of this machine.
 KERNEL_TESTS := $(foreach name,forward backward same_bits special_numbers module,tests/operator/test_$(name).py)

@@ -142,8 +142,18 @@ inline Vec<float> clamp(Vec<float> v) {
 #endif
 }
 
-// a * b + c, rounded once.
-inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+// a * b + c, rounded once; of double, where the instruction set can.
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+#elif defined(__FMA__)
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+#elif defined(__ARM_NEON)
+  return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+#else
+  return a * b + c;
+#endif
+}
 
 inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
@@ -163,19 +173,8 @@ inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
 
 // sum + a * b, rounded once where the instruction set can. Written out: left to the compiler, two
 // instances of a kernel could round differently, and their bits are to be the same.
-inline Vec<double> add_product(Vec<double> sum, Vec<double> a, Vec<double> b) {
-#if defined(__AVX512F__)
-  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)sum);
-#elif defined(__FMA__)
-  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)sum);
-#elif defined(__ARM_NEON)
-  return (Vec<double>)vfmaq_f64((float64x2_t)sum, (float64x2_t)a, (float64x2_t)b);
-#else
-  return sum + a * b;
-#endif
-}
-
-inline Vec<float> add_product(Vec<float> sum, Vec<float> a, Vec<float> b) {
+template <class V>
+inline V add_product(V sum, V a, V b) {
 #if defined(__FMA__) || defined(__ARM_NEON)
   return multiply_add(a, b, sum);
 #else
