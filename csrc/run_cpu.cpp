@@ -30,7 +30,7 @@ void parallel_for(const Loop& loop, const F& f) {
 void zero_fill(const Tensor& tensor) {
   if (tensor.numel() == 0) return;
   auto* const bytes = static_cast<char*>(tensor.mutable_data_ptr());
-  parallel_for({tensor.numel() * tensor.element_size(), 1 << 20},
+  parallel_for({tensor.numel() * int64_t(tensor.element_size()), 1 << 20},
                [&](int64_t first, int64_t last) { std::memset(bytes + first, 0, last - first); });
 }
 
