@@ -236,8 +236,8 @@ class Backward {
         grad_x = attention * gradient.dx;
         grad_y = attention * gradient.dy;
         if (!in_pixels) {
-          grad_x *= load(samples_.x().step.get() + i);
-          grad_y *= load(samples_.y().step.get() + i);
+          grad_x *= load(samples_.step_x() + i);
+          grad_y *= load(samples_.step_y() + i);
         }
         // Where no corner was read the step may be NaN or Inf.
         grad_x = corners != 0 ? grad_x : Vec<Real>{};
@@ -247,6 +247,8 @@ class Backward {
       store(weights_.get() + i, gradient.sample);
     }
     const int64_t K = problem_.num_samples;
+    // Past the last sample all is 0, and whole vectors do not wait for parts of them.
+    const int64_t softmaxed = num_heads_ == 1 ? samples_.padded() : K;
     for (int64_t head = 0; head < num_heads_; ++head) {
       const int64_t i = head * samples_.stride();
       const int64_t first_sample = (first_head + head) * K;
@@ -254,7 +256,8 @@ class Backward {
         write(outputs_.grad_points, 2 * first_sample, 2 * K, points_.get() + 2 * i);
       }
       if (outputs_.grad_weights.is_wanted) {
-        if (problem_.is_fused) softmax_backward(samples_.weights() + i, weights_.get() + i, K);
+        if (problem_.is_fused)
+          softmax_backward(samples_.weights() + i, weights_.get() + i, softmaxed);
         write(outputs_.grad_weights, first_sample, K, weights_.get() + i);
       }
     }
@@ -335,8 +338,8 @@ void backward_reference_points_rows(const Problem& problem, const BackwardOutput
     if (is_box) {
       samples.set_query(row / problem.num_queries, row % problem.num_queries);
       for (int64_t i = 0; i < K; ++i) {
-        steps[2 * i] = samples.x().step[i];
-        steps[2 * i + 1] = samples.y().step[i];
+        steps[2 * i] = samples.step_x()[i];
+        steps[2 * i + 1] = samples.step_y()[i];
       }
     }
     std::memset(sums.get(), 0, padded * sizeof(Real));

@@ -16,30 +16,10 @@ namespace msda {
 namespace MSDA_CPU_CAPABILITY {
 
 // From a given number of one axis (a location or an offset) to a pixel coordinate:
-// step * given + origin + rest, where rest is what origin lost to rounding. One entry per sample.
+// step * given + origin + rest, where rest is what origin lost to rounding. Of a vector of samples.
 template <class Real>
 struct AxisTransform {
-  explicit AxisTransform(int64_t length) : step(length), origin(length), rest(length) {}
-
-  Buffer<Real> step, origin, rest;
-};
-
-// The same for the reference points of one query: (L, 2) or (L, 4) numbers in each array. Points:
-// offsets are in pixels. Boxes: offsets are in units of (w, h) / (2P).
-template <class Real>
-struct ReferenceTransform {
-  explicit ReferenceTransform(int64_t length)
-      : numbers(length, 0),
-        sides(length),
-        half_over_points(length),
-        origin(length),
-        rest(length),
-        step(length) {}
-
-  ReadAhead<Real> numbers;               // as given
-  Buffer<Real> sides, half_over_points;  // of the level: its width or height, and 1 / (2P)
-  Buffer<Real> origin, rest;             // from the first two numbers of a level
-  Buffer<Real> step;                     // from the last two
+  Vec<Real> step, origin, rest;
 };
 
 // Inputs and outputs are fetched so many rows of queries and heads ahead: the rows of this head,
@@ -71,34 +51,47 @@ inline bool fits(const Problem& problem, int64_t scalar_size) {
 
 constexpr int64_t kSoftmaxRows = 8;  // that softmax() takes at once, at most
 
-// Turns rows of logits into their softmax. Rows are padded to whole vectors. Each step is done for
-// all rows before the next: within one row it would wait for the sum over the lanes.
+// The vector of logits from i on in a row of `count`, filled up with -Inf, whose softmax is 0.
 template <class Real>
-inline void softmax(Real* rows, int64_t num_rows, int64_t stride, int64_t count) {
+inline Vec<Real> load_logits(const Real* row, int64_t i, int64_t count) {
+  if (count - i >= kLanes<Real>) return load(row + i);
+  IntVec<Real> lane;
+  for (int k = 0; k < kLanes<Real>; ++k) lane[k] = k;
+  const int rest = int(count - i);
+  return lane < index_t<Real>(rest) ? load_partial(row + i, rest)
+                                    : broadcast(Real(-__builtin_inf()));
+}
+
+// Writes the softmax of rows of `count` logits, in the same place or in another one, as whole
+// vectors: weights past the last are 0. Each step is done for all rows before the next: within one
+// row it would wait for the sum over the lanes.
+template <class Real>
+inline void softmax(const Real* logits, int64_t logits_stride, int64_t num_rows, int64_t count,
+                    Real* weights, int64_t weights_stride) {
   constexpr int kStep = kLanes<Real>;
   Real maxima[kSoftmaxRows], scales[kSoftmaxRows];
   for (int64_t r = 0; r < num_rows; ++r) {
-    Real* const row = rows + r * stride;
-    for (int64_t i = count; i % kStep != 0; ++i) row[i] = -__builtin_inf();
-    Vec<Real> largest = load(row);
+    const Real* const row = logits + r * logits_stride;
+    Vec<Real> largest = load_logits(row, 0, count);
     for (int64_t i = kStep; i < count; i += kStep) {
-      const Vec<Real> v = load(row + i);
+      const Vec<Real> v = load_logits(row, i, count);
       largest = v > largest ? v : largest;
     }
     maxima[r] = largest_lane(largest);
   }
   for (int64_t r = 0; r < num_rows; ++r) {
-    Real* const row = rows + r * stride;
+    const Real* const from = logits + r * logits_stride;
+    Real* const row = weights + r * weights_stride;
     Vec<Real> sums = {};
     for (int64_t i = 0; i < count; i += kStep) {
-      const Vec<Real> e = exp_nonpositive(load(row + i) - maxima[r]);
+      const Vec<Real> e = exp_nonpositive(load_logits(from, i, count) - maxima[r]);
       store(row + i, e);
       sums += e;
     }
     scales[r] = 1 / sum_lanes(sums);
   }
   for (int64_t r = 0; r < num_rows; ++r) {
-    Real* const row = rows + r * stride;
+    Real* const row = weights + r * weights_stride;
     for (int64_t i = 0; i < count; i += kStep) store(row + i, load(row + i) * scales[r]);
   }
 }
@@ -240,9 +233,10 @@ class Samples {
         level_start_(padded_),
         head_offset_(padded_),
         reference_index_(padded_),
-        x_(padded_),
-        y_(padded_),
-        reference_(round_up(problem.num_levels * problem.reference_size, kLanes<Real>)),
+        half_over_points_(padded_),
+        step_x_(padded_),
+        step_y_(padded_),
+        references_(round_up(problem.num_levels * problem.reference_size, kLanes<Real>), 0),
         given_points_(2 * padded_, Real(__builtin_nan(""))),
         given_weights_(padded_, 0),
         softmaxed_heads_(padded_),
@@ -269,8 +263,6 @@ class Samples {
       }
     }
     std::memset(softmaxed_heads_.get(), 0, padded_ * sizeof(Real));
-    set_transform();
-    set_reference_levels();
   }
 
   int64_t stride() const { return stride_; }  // from the first sample of a head to the next head's
@@ -303,9 +295,9 @@ class Samples {
   // The offset of the pixel in grad_value, if given grad_rows.
   const Offset* grad_offset() const { return grad_offset_.get(); }
 
-  // From given numbers to pixels, per sample.
-  const AxisTransform<Real>& x() const { return x_; }
-  const AxisTransform<Real>& y() const { return y_; }
+  // The pixels that a given number stands for, per sample.
+  const Real* step_x() const { return step_x_.get(); }
+  const Real* step_y() const { return step_y_.get(); }
 
   // Reads the reference points of query q of image b, if the call is fused.
   void set_query(int64_t b, int64_t q) {
@@ -314,32 +306,18 @@ class Samples {
     const int64_t size = problem_.num_levels * problem_.reference_size;
     const int64_t query = b * problem_.num_queries + q;
     const int64_t next = q + 1 < problem_.num_queries ? query + 1 : -1;
-    const Real* const reference =
-        reference_.numbers.get(query, next, [&](int64_t of_query, Real* to) {
-          read(problem_.reference_points, of_query * given, given, to);
-          for (int64_t i = given; i < size; ++i) to[i] = to[i - given];
-        });
-    for (int64_t i = 0; i < size; i += kLanes<Real>) {
-      const Vec<Real> numbers = load(reference + i), sides = load(reference_.sides.get() + i);
-      Vec<Real> rest;
-      store(reference_.origin.get() + i, multiply_subtract_half(numbers, sides, rest));
-      store(reference_.rest.get() + i, rest);
-      store(reference_.step.get() + i,
-            sides * numbers * load(reference_.half_over_points.get() + i));
-    }
+    reference_ = references_.get(query, next, [&](int64_t of_query, Real* to) {
+      read(problem_.reference_points, of_query * given, given, to);
+      for (int64_t i = given; i < size; ++i) to[i] = to[i - given];
+    });
+    if (problem_.reference_size != 4) return;
     for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
-      const IntVec<Real> x = load_as<IntVec<Real>>(reference_index_.get() + i), y = x + 1;
-      const auto spread = [&](const Buffer<Real>& from, IntVec<Real> index, Buffer<Real>& to) {
-        store(to.get() + i, take(from.get(), size, index));
-      };
-      spread(reference_.origin, x, x_.origin);
-      spread(reference_.rest, x, x_.rest);
-      spread(reference_.origin, y, y_.origin);
-      spread(reference_.rest, y, y_.rest);
-      if (problem_.reference_size == 4) {
-        spread(reference_.step, x + 2, x_.step);
-        spread(reference_.step, y + 2, y_.step);
-      }
+      const IntVec<Real> side = load_as<IntVec<Real>>(reference_index_.get() + i) + 2;
+      const Vec<Real> half_over_points = load(half_over_points_.get() + i);
+      store(step_x_.get() + i,
+            load(width_.get() + i) * take(reference_, size, side) * half_over_points);
+      store(step_y_.get() + i,
+            load(height_.get() + i) * take(reference_, size, side + 1) * half_over_points);
     }
   }
 
@@ -365,8 +343,10 @@ class Samples {
     prefetch<false>(problem_.weights, ahead + further * K, num_heads_ * K);
     if (problem_.nearest) {
       prepare_nearest(value_rows, grad_rows);
+    } else if (problem_.is_fused) {
+      prepare_bilinear<true>(value_rows, grad_rows);
     } else {
-      prepare_bilinear(value_rows, grad_rows);
+      prepare_bilinear<false>(value_rows, grad_rows);
     }
     if (problem_.has_padding_mask) drop_padding(b, value_rows, grad_rows);
   }
@@ -400,48 +380,37 @@ class Samples {
     level_start_[i] = Offset(level.start);
     head_offset_[i] = Offset(head_offset);
     reference_index_[i] = index_t<Real>(l * problem_.reference_size);
-  }
-
-  void set_reference_levels() {
-    for (int64_t l = 0; l < problem_.num_levels; ++l) {
-      const Level& level = problem_.levels[l];
-      for (int64_t c = 0; c < problem_.reference_size; ++c) {
-        const int64_t i = l * problem_.reference_size + c;
-        reference_.sides[i] = Real(c % 2 == 0 ? level.width : level.height);
-        reference_.half_over_points[i] =
-            Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
-      }
-    }
-  }
-
-  // The transform of all queries. Bilinear: x = loc * W - 1/2. Nearest: x = loc * W + 1/2, then
-  // truncated (RT-DETRv2's rule). Fused: x = offset * 1 + origin, and set_query() fills in the
-  // rest.
-  void set_transform() {
-    for (int64_t i = 0; i < padded_; ++i) {
-      x_.step[i] = problem_.is_fused ? 1 : width_[i];
-      y_.step[i] = problem_.is_fused ? 1 : height_[i];
-      x_.origin[i] = y_.origin[i] = problem_.nearest ? Real(0.5) : Real(-0.5);
-      x_.rest[i] = y_.rest[i] = 0;
-    }
+    half_over_points_[i] = Real(0.5) / Real(level.num_points > 0 ? level.num_points : 1);
+    step_x_[i] = problem_.is_fused ? 1 : width_[i];
+    step_y_[i] = problem_.is_fused ? 1 : height_[i];
   }
 
   // The softmax of the logits of one query and head, computed together with those of the next
   // queries.
   const Real* softmaxed(int64_t b, int64_t q, int64_t m) {
-    const int64_t M = problem_.num_heads, K = problem_.num_samples, Q = problem_.num_queries;
-    const int64_t head = b * M + m;
+    const int64_t M = problem_.num_heads, Q = problem_.num_queries, head = b * M + m;
     if (head != softmaxed_head_ || q < softmaxed_begin_ || q >= softmaxed_end_) {
       softmaxed_head_ = head;
       softmaxed_begin_ = q;
       softmaxed_end_ = q + kSoftmaxRows < Q ? q + kSoftmaxRows : Q;
-      for (int64_t i = q; i < softmaxed_end_; ++i) {
-        read(problem_.weights, ((b * Q + i) * M + m) * K, K,
-             softmaxed_.get() + (i - q) * softmax_stride_);
-      }
-      softmax(softmaxed_.get(), softmaxed_end_ - q, softmax_stride_, K);
+      softmax_rows((b * Q + q) * M + m, M, softmaxed_end_ - q);
     }
     return softmaxed_.get() + (q - softmaxed_begin_) * softmax_stride_;
+  }
+
+  // Of so many rows of logits, the first one first_head, each so many heads after the one before.
+  void softmax_rows(int64_t first_head, int64_t heads, int64_t num_rows) {
+    const int64_t K = problem_.num_samples;
+    Real* const rows = softmaxed_.get();
+    if (problem_.weights.dtype == dtype_of<Real>) {
+      const Real* const logits = static_cast<const Real*>(problem_.weights.data) + first_head * K;
+      softmax(logits, heads * K, num_rows, K, rows, softmax_stride_);
+      return;
+    }
+    for (int64_t r = 0; r < num_rows; ++r) {
+      read(problem_.weights, (first_head + r * heads) * K, K, rows + r * softmax_stride_);
+    }
+    softmax(rows, softmax_stride_, num_rows, K, rows, softmax_stride_);
   }
 
   // The softmax of the heads of one query that are prepared at once; head: (b * Q + q) * M + m.
@@ -461,10 +430,7 @@ class Samples {
     }
     for (int64_t m = 0; m < num_heads_; m += kSoftmaxRows) {
       const int64_t rows = num_heads_ - m < kSoftmaxRows ? num_heads_ - m : kSoftmaxRows;
-      for (int64_t r = 0; r < rows; ++r) {
-        read(problem_.weights, (head + m + r) * K, K, softmaxed_.get() + r * softmax_stride_);
-      }
-      softmax(softmaxed_.get(), rows, softmax_stride_, K);
+      softmax_rows(head + m, 1, rows);
       for (int64_t r = 0; r < rows; ++r) {
         convert(softmaxed_.get() + r * softmax_stride_, weights + (m + r) * stride_, K);
       }
@@ -475,7 +441,10 @@ class Samples {
   // The buffers as plain pointers, which the compiler can keep in registers: it could take a store
   // to change a member.
   struct Pointers {
-    const Real *points, *weights, *width, *height;
+    const Real *points, *weights, *width, *height, *step_x, *step_y, *reference;
+    const index_t<Real>* reference_index;
+    int64_t reference_size;
+    Real origin;
     const Offset *map_width, *level_start, *head_offset;
     Real *corner_weight, *fx, *fy, *attention;
     index_t<Real>* corners;
@@ -487,6 +456,12 @@ class Samples {
             weights_,
             width_.get(),
             height_.get(),
+            step_x_.get(),
+            step_y_.get(),
+            reference_,
+            reference_index_.get(),
+            problem_.num_levels * problem_.reference_size,
+            Real(problem_.nearest ? 0.5 : -0.5),
             map_width_.get(),
             level_start_.get(),
             head_offset_.get(),
@@ -500,16 +475,32 @@ class Samples {
             grad_offset_.get()};
   }
 
+  // The transform of one axis for samples i and those after it; c: its number in a reference.
+  // Bilinear: x = loc * W - 1/2. Nearest: x = loc * W + 1/2, then truncated (RT-DETRv2's rule).
+  // Fused, which is bilinear: x = reference * W - 1/2 + offset * step.
+  template <bool kFused>
+  static AxisTransform<Real> transform(const Pointers& p, int64_t i, int c) {
+    AxisTransform<Real> axis{load((c == 0 ? p.step_x : p.step_y) + i), broadcast(p.origin), {}};
+    if constexpr (kFused) {
+      const IntVec<Real> index = load_as<IntVec<Real>>(p.reference_index + i) + c;
+      const Vec<Real> reference = take(p.reference, p.reference_size, index);
+      axis.origin =
+          multiply_subtract_half(reference, load((c == 0 ? p.width : p.height) + i), axis.rest);
+    }
+    return axis;
+  }
+
+  template <bool kFused>
   void prepare_bilinear(const Rows& value_rows, const Rows* grad_rows) {
     const Pointers p = pointers();
     const int64_t padded = padded_;
     for (int64_t i = 0; i < padded; i += kLanes<Real>) {
       Vec<Real> given_x, given_y;
       load_pairs(p.points + 2 * i, given_x, given_y);
-      const Vec<Real> step_x = load(x_.step.get() + i), step_y = load(y_.step.get() + i);
-      const Vec<Real> origin_x = load(x_.origin.get() + i), origin_y = load(y_.origin.get() + i);
-      Vec<Real> x = multiply_add(given_x, step_x, origin_x);
-      Vec<Real> y = multiply_add(given_y, step_y, origin_y);
+      const AxisTransform<Real> x_axis = transform<kFused>(p, i, 0);
+      const AxisTransform<Real> y_axis = transform<kFused>(p, i, 1);
+      Vec<Real> x = multiply_add(given_x, x_axis.step, x_axis.origin);
+      Vec<Real> y = multiply_add(given_y, y_axis.step, y_axis.origin);
 
       const Vec<Real> width = load(p.width + i), height = load(p.height + i);
       const IntVec<Real> counts = sample_counts(x, y, width, height);
@@ -518,9 +509,9 @@ class Samples {
       const Vec<Real> attention = counts ? load(p.weights + i) : Vec<Real>{};
 
       const Cell<Vec<Real>> column =
-          find_cell<VectorMath>(given_x, step_x, origin_x, load(x_.rest.get() + i), x);
+          find_cell<VectorMath>(given_x, x_axis.step, x_axis.origin, x_axis.rest, x);
       const Cell<Vec<Real>> row =
-          find_cell<VectorMath>(given_y, step_y, origin_y, load(y_.rest.get() + i), y);
+          find_cell<VectorMath>(given_y, y_axis.step, y_axis.origin, y_axis.rest, y);
       const Vec<Real> x0 = column.first, y0 = row.first;
       const Vec<Real> fx = counts ? column.fraction : Vec<Real>{};
       const Vec<Real> fy = counts ? row.fraction : Vec<Real>{};
@@ -552,8 +543,10 @@ class Samples {
     for (int64_t i = 0; i < padded_; i += kLanes<Real>) {
       Vec<Real> x, y;
       load_pairs(p.points + 2 * i, x, y);
-      x = multiply_add(x, load(x_.step.get() + i), load(x_.origin.get() + i));
-      y = multiply_add(y, load(y_.step.get() + i), load(y_.origin.get() + i));
+      const AxisTransform<Real> x_axis = transform<false>(p, i, 0);
+      const AxisTransform<Real> y_axis = transform<false>(p, i, 1);
+      x = multiply_add(x, x_axis.step, x_axis.origin);
+      y = multiply_add(y, y_axis.step, y_axis.origin);
       const IntVec<Real> counts = (x - x == 0) & (y - y == 0);
 
       const Vec<Real> last_x = load(p.width + i) - 1, last_y = load(p.height + i) - 1;
@@ -629,8 +622,10 @@ class Samples {
   Buffer<Real> width_, height_;
   Buffer<Offset> map_width_, level_start_, head_offset_;
   Buffer<index_t<Real>> reference_index_;  // of the first number of a sample's level in reference_
-  AxisTransform<Real> x_, y_;
-  ReferenceTransform<Real> reference_;
+  Buffer<Real> half_over_points_;          // 1 / (2P) of a sample's level
+  Buffer<Real> step_x_, step_y_;
+  ReadAhead<Real> references_;
+  const Real* reference_ = nullptr;  // points or boxes of the current query: (L, 2) or (L, 4)
   ReadAhead<Real> given_points_, given_weights_;
   Buffer<Real> softmaxed_heads_;
   const int64_t softmax_stride_;  // of the rows below

@@ -182,42 +182,6 @@ inline V add_product(V sum, V a, V b) {
 #endif
 }
 
-// The halves of a vector of float in double, and back. GCC would convert the whole by way of
-// memory.
-struct Halves {
-  Vec<double> low, high;
-};
-
-inline Halves widen(Vec<float> v) {
-#if defined(__AVX512F__)
-  const __m512 all = (__m512)v;
-  return {(Vec<double>)_mm512_cvtps_pd(_mm512_castps512_ps256(all)),
-          (Vec<double>)_mm512_cvtps_pd(_mm512_extractf32x8_ps(all, 1))};
-#elif defined(__AVX2__)
-  const __m256 all = (__m256)v;
-  return {(Vec<double>)_mm256_cvtps_pd(_mm256_castps256_ps128(all)),
-          (Vec<double>)_mm256_cvtps_pd(_mm256_extractf128_ps(all, 1))};
-#else
-  // Whole vectors: lane by lane, GCC 12 takes a number rounded to float and back for the number.
-  return {__builtin_convertvector(__builtin_shufflevector(v, v, 0, 1), Vec<double>),
-          __builtin_convertvector(__builtin_shufflevector(v, v, 2, 3), Vec<double>)};
-#endif
-}
-
-inline Vec<float> narrow(const Halves& v) {
-#if defined(__AVX512F__)
-  return (Vec<float>)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)v.low)),
-                                        _mm512_cvtpd_ps((__m512d)v.high), 1);
-#elif defined(__AVX2__)
-  return (Vec<float>)_mm256_set_m128(_mm256_cvtpd_ps((__m256d)v.high),
-                                     _mm256_cvtpd_ps((__m256d)v.low));
-#else
-  typedef VecN<float, 2> Pair;
-  return __builtin_shufflevector(__builtin_convertvector(v.low, Pair),
-                                 __builtin_convertvector(v.high, Pair), 0, 1, 2, 3);
-#endif
-}
-
 // a * b - 1/2, and in rest what it lost to rounding.
 inline Vec<double> multiply_subtract_half(Vec<double> a, Vec<double> b, Vec<double>& rest) {
   rest = Vec<double>{};
@@ -225,11 +189,13 @@ inline Vec<double> multiply_subtract_half(Vec<double> a, Vec<double> b, Vec<doub
 }
 
 inline Vec<float> multiply_subtract_half(Vec<float> a, Vec<float> b, Vec<float>& rest) {
-  const Halves wide_a = widen(a), wide_b = widen(b);
-  const Halves exact{wide_a.low * wide_b.low - 0.5, wide_a.high * wide_b.high - 0.5};
-  const Vec<float> rounded = narrow(exact);
-  const Halves back = widen(rounded);
-  rest = narrow({exact.low - back.low, exact.high - back.high});
+  const Vec<float> half = broadcast(0.5f);
+  const Vec<float> rounded = multiply_add(a, b, -half);
+  // rounded + 1/2 is sum + lost (Knuth), and a * b so close to sum that the difference is exact.
+  const Vec<float> sum = rounded + half;
+  const Vec<float> other = sum - half;
+  const Vec<float> lost = (rounded - other) + (half - (sum - other));
+  rest = multiply_add(a, b, -sum) - lost;
   return rounded;
 }
 
