@@ -148,6 +148,21 @@ def test_a_file_that_went_before_it_was_locked_counts_for_nothing(tmp_path, monk
         assert f"process {os.getpid()} on" in refusal(tmp_path)
 
 
+def test_a_folder_that_went_before_it_was_looked_at_is_made_again(tmp_path, monkeypatch):
+    make, calls = os.mkdir, []
+
+    def exists_first(path, *arguments):
+        calls.append(path)
+        if len(calls) == 1:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        make(path, *arguments)
+
+    monkeypatch.setattr(os, "mkdir", exists_first)
+    with folder_locked(tmp_path / "run"):
+        assert (tmp_path / "run" / locks.NAME).exists()
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, None])
 def test_a_file_system_without_locks_is_told_and_who_runs_here_is_found(
     tmp_path, monkeypatch, caplog, number
@@ -180,11 +195,11 @@ def test_a_file_system_without_locks_is_told_and_who_runs_here_is_found(
 
 def test_other_errors_of_the_file_system_are_told(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     message = r"^output must be a folder to write to, got .*; give another by --output$"
-    with pytest.raises(OSError, match=message):
-        folder_locked(tmp_path / "file").__enter__()
-    with pytest.raises(OSError, match=message):
-        folder_locked(tmp_path / "file" / "deeper").__enter__()
+    for name in ("file", "file/deeper", "link", "link/deeper"):
+        with pytest.raises(OSError, match=message):
+            folder_locked(tmp_path / name).__enter__()
 
     def read_only(*_):
         raise OSError(errno.EROFS, "Read-only file system")

@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -80,6 +81,8 @@ def _lock(folder: Path) -> int:
                 if _locked(descriptor, path):
                     break
         except OSError as error:
+            if isinstance(error, FileExistsError) and not _is_other_than_folder(error.filename):
+                continue  # the run before had its folder until then, and has removed it since
             raise OSError(
                 f"output must be a folder to write to, got {folder} ({error.strerror}); "
                 "give another by --output"
@@ -88,6 +91,14 @@ def _lock(folder: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.write(descriptor, _own_description().encode())
     return descriptor
+
+
+def _is_other_than_folder(path: str) -> bool:
+    """Whether something is there that is no folder: a file, a link to nowhere."""
+    try:
+        return not stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
 
 
 def _locked(descriptor: int, path: Path) -> bool:
