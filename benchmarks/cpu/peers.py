@@ -1,11 +1,12 @@
 """Time the operator on a CPU against other implementations of it.
 
-They are the grid_sample core exported to ONNX and run by ONNX Runtime, which has no backward; the
-core of the transformers library; and every implementation that common/peers.py knows or that
-``--peer`` names, as far as it runs on a CPU. One that is not installed or does not work here is
-listed with the reason; one whose results differ from float64 by more than ``accuracy.peer_limits``
-is listed and not timed. The others are timed in turn with ours in one process; exporting is not
-part of any time. The core under PyTorch itself is a baseline of ``python -m benchmarks operator``.
+They are the grid_sample core exported to ONNX and run by OpenVINO and by ONNX Runtime, which have
+no backward; the core of the transformers library; and every implementation that common/peers.py
+knows or that ``--peer`` names, as far as it runs on a CPU. One that is not installed or does not
+work here is listed with the reason; one whose results differ from float64 by more than
+``accuracy.peer_limits`` is listed and not timed. The others are timed in turn with ours in one
+process; exporting is not part of any time. The core under PyTorch itself is a baseline of
+``python -m benchmarks operator``.
 """
 
 from __future__ import annotations
@@ -31,14 +32,24 @@ from benchmarks.workloads import CPU_WORKLOADS, sized
 from msda.testing import Inputs, ours, random_like_output
 
 OPSET = 20  # the newest of the exporter that needs no onnxscript; GridSample exists since 16
-ONNX_RUNTIME = "ONNX Runtime"
 ABOUT = {
-    ONNX_RUNTIME: f"the grid_sample core by torch.onnx.export(dynamo=False), opset {OPSET}",
     "transformers": "MultiScaleDeformableAttention of its Deformable DETR",
 }
 
 
-# ---- ONNX Runtime --------------------------------------------------------------------------------
+# ---- runtimes that run the exported core ---------------------------------------------------------
+
+
+def in_openvino(inputs: Inputs, threads: int) -> Core:
+    """The core as OpenVINO executes it, for inputs of these sizes."""
+    options = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_NUM_THREADS": threads,
+        "PERFORMANCE_HINT": "LATENCY",
+    }
+    core = load("openvino").Core()
+    compiled = core.compile_model(core.read_model(io.BytesIO(exported(inputs))), "CPU", options)
+    return lambda inputs: torch.from_numpy(compiled([one.numpy() for one in inputs.tensors()])[0])
 
 
 def in_onnx_runtime(inputs: Inputs, threads: int) -> Core:
@@ -77,6 +88,16 @@ def exported(inputs: Inputs) -> bytes:
     return model.getvalue()
 
 
+# By name: how they are made, and their packages.
+RUNTIMES: dict[str, tuple[Callable[[Inputs, int], Core], tuple[str, ...]]] = {
+    "OpenVINO": (in_openvino, ("openvino", "onnx", "torch")),
+    "ONNX Runtime": (in_onnx_runtime, ("onnxruntime", "onnx", "torch")),
+}
+ABOUT |= dict.fromkeys(
+    RUNTIMES, f"the grid_sample core by torch.onnx.export(dynamo=False), opset {OPSET}"
+)
+
+
 # ---- the peers -----------------------------------------------------------------------------------
 
 
@@ -92,16 +113,16 @@ class Candidate:
 def find_candidates(wanted: list[str]) -> tuple[dict[str, Candidate], dict[str, str]]:
     """Each peer that works here, by name, and why each other one does not."""
     found, missing = {}, {}
-    if not wanted or ONNX_RUNTIME in wanted:
-        packages = ("onnxruntime", "onnx", "torch")
+    for name, (make, packages) in RUNTIMES.items():
+        if wanted and name not in wanted:
+            continue
         try:
             for package in packages:
                 load(package)
-            about = describe(ONNX_RUNTIME, *packages)
-            found[ONNX_RUNTIME] = Candidate(in_onnx_runtime, about, has_backward=False)
+            found[name] = Candidate(make, describe(name, *packages), has_backward=False)
         except PeerError as error:
-            missing[ONNX_RUNTIME] = str(error)
-    others = [one for one in wanted if one != ONNX_RUNTIME]
+            missing[name] = str(error)
+    others = [one for one in wanted if one not in RUNTIMES]
     peers, not_found = find_named(others if others or not wanted else ["none"], "cpu")
     missing |= not_found
     for peer in peers:
@@ -178,8 +199,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[LABEL=]WHAT",
-        help=f"{ONNX_RUNTIME!r}, {', '.join(KNOWN)}, a module's name, or a .py or .so file "
-        "(default: all these)",
+        help=f"{', '.join(map(repr, RUNTIMES))}, {', '.join(KNOWN)}, a module's name, or a .py or "
+        ".so file (default: all these)",
     )
     harness.add_choice(parser, "workload", CPU_WORKLOADS)
     harness.add_thread_counts(parser)

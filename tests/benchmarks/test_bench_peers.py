@@ -124,7 +124,7 @@ def test_the_command_fails_where_ours_is_wrong(bench, monkeypatch):
     assert "ms" not in results["rows"][0]["sides"]["right"]
 
 
-@pytest.mark.parametrize("name", ["transformers", "ONNX Runtime"])
+@pytest.mark.parametrize("name", ["transformers", *bench_peers.RUNTIMES])
 def test_each_peer_that_is_installed_computes_the_operator(name):
     found, missing = bench_peers.find_candidates([name])
     if missing:
@@ -142,7 +142,13 @@ def test_each_peer_that_is_installed_computes_the_operator(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("transformers", "transformers"), ("ONNX Runtime", "onnxruntime")]
+    ("name", "package"),
+    [
+        ("transformers", "transformers"),
+        ("ONNX Runtime", "onnxruntime"),
+        ("OpenVINO", "openvino"),
+        ("OpenVINO", "onnx"),
+    ],
 )
 def test_a_package_that_is_not_installed_is_said(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
