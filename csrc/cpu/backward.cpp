@@ -256,8 +256,9 @@ class Backward {
         write(outputs_.grad_points, 2 * first_sample, 2 * K, points_.get() + 2 * i);
       }
       if (outputs_.grad_weights.is_wanted) {
-        if (problem_.is_fused)
+        if (problem_.is_fused) {
           softmax_backward(samples_.weights() + i, weights_.get() + i, softmaxed);
+        }
         write(outputs_.grad_weights, first_sample, K, weights_.get() + i);
       }
     }

@@ -295,7 +295,8 @@ class Samples {
   // The offset of the pixel in grad_value, if given grad_rows.
   const Offset* grad_offset() const { return grad_offset_.get(); }
 
-  // The pixels that a given number stands for, per sample.
+  // The pixels that a given number stands for, per sample. An offset from a point is in pixels, one
+  // from a box in units of (w, h) / (2P).
   const Real* step_x() const { return step_x_.get(); }
   const Real* step_y() const { return step_y_.get(); }
 
